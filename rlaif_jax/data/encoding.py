@@ -1,0 +1,62 @@
+"""Text to padded token arrays and back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from rlaif_jax.errors import UserError
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts through the chat template, padded on the left.
+
+    Returns (tokens [n, length] int32, mask [n, length] bool). Raises UserError for a prompt longer than that.
+    """
+    rows = []
+    for index, prompt in enumerate(prompts):
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        row = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(row) > length:
+            raise UserError(
+                f"prompt {index} has {len(row)} tokens, more than policy.max_prompt_length={length}: {prompt[:60]!r}"
+            )
+        rows.append(row)
+    return _pad(rows, length, left=True)
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerFast, responses: Sequence[str], length: int, truncate: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Responses with an end-of-sequence token, padded on the right.
+
+    A response that does not fit loses its end where `truncate` is set (a sampled response that reached the
+    limit has no end-of-sequence token either), and raises UserError where it is not.
+
+    Returns (tokens [n, length] int32, mask [n, length] bool).
+    """
+    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
+    for index, row in enumerate(rows):
+        if len(row) > length and not truncate:
+            raise UserError(
+                f"response {index} has {len(row)} tokens, more than policy.max_response_length={length}: "
+                f"{responses[index][:60]!r}"
+            )
+    return _pad([row[:length] for row in rows], length, left=False)
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """The text of each response, special tokens and surrounding blanks dropped."""
+    rows = [row[valid].tolist() for row, valid in zip(np.asarray(tokens), np.asarray(mask, bool), strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _pad(rows: list[list[int]], length: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        where = slice(length - len(row), length) if left else slice(0, len(row))
+        tokens[i, where], mask[i, where] = row, True
+    return tokens, mask

@@ -1,0 +1,86 @@
+"""Tokenizers: from a GGUF file's metadata, from a Hugging Face folder, or trained on a corpus."""
+
+from collections.abc import Iterable
+
+import gguf
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rlaif_jax.errors import UserError
+from rlaif_jax.models.gguf import metadata
+
+# Layout of a dialogue for tokenizers that we train; the same turns as ChatML, with one token a role.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+
+# How each pre-tokenizer that a GGUF file may name splits text before byte-level BPE.
+_PRE_TOKENIZERS = {
+    "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True)],
+    "gpt-2": list,
+}
+_CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+
+
+def from_gguf(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
+    """Rebuilds the byte-level BPE tokenizer of a GGUF file, with its chat template.
+
+    Raises UserError for another kind of tokenizer.
+    """
+    fields = metadata(reader, "tokenizer.ggml.")
+    kind, splitter = fields["model"], fields.get("pre", "gpt-2")
+    if kind != "gpt2" or splitter not in _PRE_TOKENIZERS:
+        raise UserError(
+            f"the GGUF file has a tokenizer of kind {kind!r}/{splitter!r}; supported: gpt2 with {sorted(_PRE_TOKENIZERS)}"
+        )
+    tokens = fields["tokens"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=merges), _PRE_TOKENIZERS[splitter]())
+    control = [t for t, token_type in zip(tokens, fields["token_type"], strict=True) if token_type == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens(control)
+    eos = tokens[fields["eos_token_id"]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[fields["bos_token_id"]],
+        eos_token=eos,
+        pad_token=tokens[fields.get("padding_token_id", fields["eos_token_id"])],
+        chat_template=metadata(reader, "tokenizer.").get("chat_template"),
+    )
+
+
+def from_folder(folder: str | epath.Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face folder. Raises UserError where there is none; runs no remote code."""
+    folder = epath.Path(folder)
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"no tokenizer.json in {folder}")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers passes on whatever the files make it raise
+        raise UserError(f"the tokenizer in {folder} can't be read: {error}") from error
+
+
+def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer of at most `vocab_size` tokens, with role tokens and a chat template."""
+    tokenizer = _byte_level(models.BPE(), [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def _byte_level(model: models.BPE, before: list) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

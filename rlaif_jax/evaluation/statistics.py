@@ -1,0 +1,46 @@
+"""Figures with their uncertainty: a mean, its 95 % interval, and the number of observations."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+Figure = dict[str, object]
+
+
+def mean_ci(values: np.ndarray | Sequence[float], resamples: int, seed: int) -> Figure:
+    """The mean with a percentile-bootstrap 95 % interval.
+
+    values: [n], numbers or booleans. With n = 0 mean and interval are null.
+    """
+    values = np.asarray(values, float)
+    if len(values) == 0:
+        return {"mean": None, "ci95": [None, None], "n": 0}
+    interval = [float(values.mean())] * 2  # of one observation, or of n equal ones
+    if len(values) > 1 and np.ptp(values) > 0:
+        rng = np.random.default_rng(seed)
+        result = stats.bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=rng)
+        interval = [float(x) for x in result.confidence_interval]
+    return {"mean": float(values.mean()), "ci95": interval, "n": len(values)}
+
+
+def jackknife_ci(items: Sequence, statistic: Callable[[Sequence], float]) -> Figure:
+    """A statistic of the whole set with a jackknife 95 % interval.
+
+    For statistics that count distinct things, which a bootstrap's repeated items would bias (Efron, 1979).
+    """
+    n, value = len(items), statistic(items)
+    left_out = np.array([statistic([*items[:i], *items[i + 1 :]]) for i in range(n)])
+    error = np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
+    return {"mean": value, "ci95": [value - 1.96 * error, value + 1.96 * error], "n": n}
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Distinct word bigrams over all word bigrams (Li et al., arXiv 1510.03055); 0 where there are none."""
+    bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]  # noqa: B905
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def most_common_share(texts: Sequence[str]) -> float:
+    """The share of the most frequent text: how far a policy has collapsed onto one reply."""
+    return max(texts.count(text) for text in set(texts)) / len(texts)

@@ -1,0 +1,123 @@
+"""The label store: judged pairs in Parquet shards, each committed in one step and never judged again."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from rlaif_jax.errors import UserError
+from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.judge.score import Judge, Judgement, Pair, judge_pairs
+from rlaif_jax.progress import progress
+
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("response_a", pa.string()),
+        ("response_b", pa.string()),
+        ("prob_a", pa.float64()),
+        ("prob_a_forward", pa.float64()),
+        ("prob_a_reversed", pa.float64()),
+        ("status", pa.string()),
+        ("judge", pa.string()),
+        ("template", pa.string()),
+        ("template_hash", pa.string()),
+        ("tokens_forward", pa.int32()),
+        ("tokens_reversed", pa.int32()),
+        ("hash_forward", pa.string()),
+        ("hash_reversed", pa.string()),
+    ]
+)
+
+
+def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: str) -> pa.Table:
+    """Judges `pairs` into `folder`/preferences.parquet, one row a pair in their order, and returns the table.
+
+    Shards that an earlier run committed are kept. A pair that could not be scored stays in the table with its
+    typed status and no label. Raises UserError where more than `judge.max_failure_rate` of them failed.
+    """
+    size = judge.config.shard_size
+    shards = [folder / "shards" / f"{start // size:05d}.parquet" for start in range(0, len(pairs), size)]
+    committed = sum(min(size, len(pairs) - i * size) for i, shard in enumerate(shards) if shard.exists())
+    with progress(None, description, total=2 * len(pairs), initial=2 * committed, unit="prompt") as bar:
+        for i, shard in enumerate(shards):
+            if not shard.exists():
+                chosen = pairs[i * size : (i + 1) * size]
+                write_parquet(shard, _table(judge, chosen, judge_pairs(judge, chosen, bar.update)))
+    table = pa.concat_tables([read_parquet(shard) for shard in shards])
+    write_parquet(folder / "preferences.parquet", table)
+    write_json(folder / "manifest.json", _manifest(judge, table, shards))
+    _check_failures(table, judge.config.max_failure_rate, folder)
+    return table
+
+
+def replay(judge: Judge, table: pa.Table, row: int) -> tuple[dict, dict]:
+    """Judges row `row` of a label table afresh. Returns the stored and the new fields of that row.
+
+    Raises UserError where there is no such row.
+    """
+    if not 0 <= row < table.num_rows:
+        raise UserError(f"no label row {row}: the file has rows 0 to {table.num_rows - 1}")
+    stored = table.slice(row, 1).to_pylist()[0]
+    pair = Pair(stored["prompt"], stored["response_a"], stored["response_b"])
+    judgement = judge_pairs(judge, [pair], lambda prompts: None)
+    return stored, _table(judge, [pair], judgement).to_pylist()[0]
+
+
+def same_label(stored: dict, fresh: dict, tolerance: float = 1e-4) -> bool:
+    """Whether a replayed row agrees: texts and hashes exactly, probabilities within rounding of the batch's shape."""
+
+    def agrees(name: str) -> bool:
+        old, new = stored[name], fresh[name]
+        if isinstance(old, float) and isinstance(new, float):
+            return abs(old - new) <= tolerance
+        return old == new
+
+    return all(map(agrees, SCHEMA.names))
+
+
+def scored(table: pa.Table) -> pa.Table:
+    """The rows that have a label."""
+    return table.filter(pa.array(np.asarray(table["status"]) == "ok"))
+
+
+def _table(judge: Judge, pairs: Sequence[Pair], judgements: Sequence[Judgement]) -> pa.Table:
+    provenance = {
+        "judge": judge.name,
+        "template": judge.template.name,
+        "template_hash": judge.template.digest,
+    }
+    rows = [
+        dataclasses.asdict(pair) | dataclasses.asdict(judgement) | provenance
+        for pair, judgement in zip(pairs, judgements, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _statuses(table: pa.Table) -> dict[str, int]:
+    return {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
+
+
+def _manifest(judge: Judge, table: pa.Table, shards: list[epath.Path]) -> dict:
+    return {
+        "judge": judge.name,
+        "template": judge.template.name,
+        "template_hash": judge.template.digest,
+        "preamble_tokens": int(judge.prefix.key.shape[2]),
+        "rows": table.num_rows,
+        "status": _statuses(table),
+        "shards": [shard.name for shard in shards],
+    }
+
+
+def _check_failures(table: pa.Table, limit: float, folder: epath.Path) -> None:
+    # Two equal responses have nothing to compare: no label, but no failure of the judge either.
+    failures = {status: n for status, n in _statuses(table).items() if status not in ("ok", "identical")}
+    rate = sum(failures.values()) / table.num_rows
+    if rate > limit:
+        raise UserError(
+            f"{rate:.1%} of the pairs in {folder} could not be scored ({failures}), more than "
+            f"judge.max_failure_rate={limit}: see the status column of preferences.parquet"
+        )

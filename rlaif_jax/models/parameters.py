@@ -1,0 +1,61 @@
+"""Parameter trees on a mesh: fresh, from host arrays, or as shapes to restore into."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlaif_jax.parallel.mesh import parameter_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where arrays live: the mesh and the logical axes that may stay whole on it."""
+
+    mesh: Mesh
+    replicated: tuple[str, ...] = ()
+
+    def parameters(self, model: nn.Module):
+        """Shardings of a model's parameters, as a tree of their shape."""
+        return parameter_shardings(_abstract_boxes(model), self.mesh, self.replicated)
+
+    @property
+    def whole(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def _abstract_boxes(model: nn.Module):
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def init_parameters(model: nn.Module, key: jax.Array, placement: Placement):
+    """Fresh parameters, each device making only its own slices."""
+
+    def init(key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return nn.unbox(model.init(key, tokens, tokens)["params"])
+
+    return jax.jit(init, out_shardings=placement.parameters(model))(key)
+
+
+def place_parameters(model: nn.Module, parameters, placement: Placement):
+    """Puts a tree of host arrays on the mesh. Raises ValueError where its structure or a shape differs."""
+    shardings, boxes = placement.parameters(model), _abstract_boxes(model)
+    shapes = jax.tree.map(lambda box: box.shape, nn.unbox(boxes))
+    given = jax.tree.map(lambda x: x.shape, parameters)
+    if given != shapes:
+        raise ValueError(f"parameters do not fit the model: expected {shapes}, got {given}")
+    return jax.tree.map(jax.device_put, parameters, shardings)
+
+
+def abstract_parameters(model: nn.Module, placement: Placement):
+    """Shapes, dtypes and shardings of a model's parameters."""
+    return jax.tree.map(
+        lambda box, sharding: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=sharding),
+        nn.unbox(_abstract_boxes(model)),
+        placement.parameters(model),
+    )

@@ -1,0 +1,127 @@
+"""The device mesh, and the one table that maps logical axis names to mesh axes."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# What each logical axis of a weight or an activation is split over. Weights are split over `fsdp`
+# along the model width and over `tensor` along heads, MLP width and vocabulary; activations are
+# split over `data` and `fsdp` along the batch.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "head_dim": (),
+    "layers": (),
+    "scalar": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (at most once) takes all devices that are left."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    # Logical axes that may stay whole where their mesh axis does not divide them (SmolLM2: 9 heads).
+    replicated: tuple[str, ...]
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of all devices. Raises ValueError where the sizes do not multiply to the device count."""
+    devices = jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise ValueError(f"mesh sizes must be positive, with at most one -1: {config}")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(devices // known, 1)
+    if math.prod(sizes) != devices:
+        raise ValueError(
+            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} "
+            f"devices, but there are {devices}: change config.mesh"
+        )
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def partition_spec(
+    logical_axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    replicated: tuple[str, ...] = (),
+) -> PartitionSpec:
+    """The mesh axes of one array from its logical axes.
+
+    Raises ValueError for an unknown logical axis, for two dimensions that claim one mesh axis, and for a
+    dimension that its mesh axes do not divide, unless that logical axis is listed in `replicated`.
+    """
+    spec: list[tuple[str, ...] | None] = []
+    used: dict[str, str] = {}
+    for name, size in zip(logical_axes, shape, strict=True):
+        if name is None:
+            spec.append(None)
+            continue
+        if name not in RULES:
+            raise ValueError(f"logical axis {name!r} has no rule; known: {sorted(RULES)}")
+        mesh_axes = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
+        ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
+        if size % ways:
+            if name not in replicated:
+                raise ValueError(
+                    f"logical axis {name!r} has size {size}, which mesh axes {mesh_axes} ({ways} ways) do "
+                    f"not divide: change config.mesh, or list {name!r} in config.mesh.replicated"
+                )
+            mesh_axes = ()
+        for axis in mesh_axes:
+            if axis in used:
+                raise ValueError(f"logical axes {used[axis]!r} and {name!r} both claim mesh axis {axis!r}")
+            used[axis] = name
+        spec.append(mesh_axes or None)
+    return PartitionSpec(*spec)
+
+
+def parameter_shardings(abstract_parameters, mesh: Mesh, replicated: tuple[str, ...] = ()):
+    """Shardings of a tree of Flax partitioned boxes (`jax.eval_shape(model.init, ...)["params"]`)."""
+
+    def sharding(box):
+        if not isinstance(box, nn.LogicallyPartitioned):
+            raise ValueError(f"a weight of shape {box.shape} declares no logical axes")
+        return NamedSharding(mesh, partition_spec(box.names, box.value.shape, mesh, replicated))
+
+    return jax.tree.map(sharding, abstract_parameters, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins the sharding of an activation under the ambient mesh (`jax.set_mesh`); without one, `x` itself.
+
+    An axis that the mesh does not divide stays whole: a judge's shared preamble is a batch of one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = partition_spec(logical_axes, x.shape, mesh, replicated=tuple(RULES))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shard_batch(batch, mesh: Mesh, batch_axis: int = 0):
+    """Puts a tree of host arrays on the mesh, split along `batch_axis` over `data` and `fsdp`.
+
+    Raises ValueError where the devices do not divide the batch: every process must hold whole rows.
+    """
+
+    def put(x):
+        x = np.asarray(x)
+        axes = tuple("batch" if i == batch_axis else None for i in range(x.ndim))
+        return jax.device_put(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh)))
+
+    return jax.tree.map(put, batch)

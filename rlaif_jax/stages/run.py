@@ -1,0 +1,124 @@
+"""What every stage of a run shares: the config, the folder, the models, the corpus and the random keys."""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+
+import grain.python as grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from transformers import PreTrainedTokenizerFast
+
+from rlaif_jax.config import Config
+from rlaif_jax.data import embedded, tokenizers
+from rlaif_jax.data.encoding import decode_responses, encode_prompts
+from rlaif_jax.errors import UserError
+from rlaif_jax.models import gguf
+from rlaif_jax.models.parameters import Placement, abstract_parameters
+from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
+from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.sampling.generate import generate
+from rlaif_jax.training.checkpoints import Checkpoints
+from rlaif_jax.training.sequences import Sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: what it is configured to do, where it writes and on which devices."""
+
+    config: Config
+    workdir: epath.Path
+    placement: Placement
+
+    def key(self, stage: str, step: int = 0) -> jax.Array:
+        """The random key of a step of a stage: a function of seed, stage and step, never of what ran before."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()) & 0x7FFFFFFF)
+        return jax.random.fold_in(key, step)
+
+    def corpus(self) -> embedded.Corpus:
+        """The corpus of this seed."""
+        return embedded.generate(self.config.data, self.config.seed)
+
+    def model_config(self) -> ModelConfig:
+        """The policy's shape: that of its weights, or the config's where it is trained from scratch."""
+        policy = self.config.policy
+        if not policy.weights:
+            return policy.model
+        shape = gguf.model_config(gguf.open_gguf(policy.weights))
+        return dataclasses.replace(shape, remat=policy.model.remat, dtype=policy.model.dtype)
+
+    def language_model(self) -> LanguageModel:
+        """The policy's architecture."""
+        return LanguageModel(self.model_config())
+
+    def scalar_model(self) -> ScalarModel:
+        """The architecture of reward model and value network."""
+        return ScalarModel(self.model_config())
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The policy's tokenizer, which the SFT stage has saved."""
+        return tokenizers.from_folder(self.workdir / "sft" / "tokenizer")
+
+    def trained_params(self, stage: str, model: LanguageModel | ScalarModel):
+        """The parameters at the end of a stage. Raises UserError where it has not run."""
+        checkpoints = Checkpoints(self.workdir / stage / "checkpoints")
+        try:
+            return checkpoints.restore_params(abstract_parameters(model, self.placement))
+        finally:
+            checkpoints.close()
+
+
+def shuffled_batches(source: Sequence, batch_size: int, seed: int) -> grain.MapDataset:
+    """Batches of `source` without end, reshuffled each epoch. Batch `i` is a function of i and the seed alone.
+
+    Raises UserError where the source is smaller than a batch.
+    """
+    if len(source) < batch_size:
+        raise UserError(f"{len(source)} examples are fewer than a batch of {batch_size}")
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)
+
+
+def sample_responses(
+    run: Run, params, prompts: Sequence[str], key: jax.Array, temperature: float, batch_size: int
+) -> Iterator[tuple[list[str], Sequences]]:
+    """Samples one response for each prompt; row i's randomness is `key` and i. Yields (texts, sequences) a batch.
+
+    The last batch is filled up with copies of its first prompt; its texts are cut back to the prompts given.
+    """
+    tokenizer, model, policy = run.tokenizer(), run.language_model(), run.config.policy
+    tokens, mask = encode_prompts(tokenizer, prompts, policy.max_prompt_length)
+    for start in range(0, len(prompts), batch_size):
+        rows = np.arange(start, start + batch_size)
+        source = np.where(rows < len(prompts), rows, start)
+        batch = shard_batch((tokens[source], mask[source], rows.astype(np.int32)), run.placement.mesh)
+        samples = generate(
+            model,
+            params,
+            batch[0],
+            batch[1],
+            key,
+            batch[2],
+            max_new_tokens=policy.max_response_length,
+            eos_token_id=tokenizer.eos_token_id,
+            temperature=temperature,
+        )
+        texts = decode_responses(tokenizer, samples.tokens, samples.mask)
+        count = min(batch_size, len(prompts) - start)
+        yield texts[:count], Sequences(batch[0], batch[1], samples.tokens, samples.mask)
+
+
+def padded_batches(sequences: Sequences, batch_size: int, placement: Placement) -> Iterator[tuple[int, Sequences]]:
+    """Host arrays in device batches of one size, the last filled up with its first row. Yields (rows, batch)."""
+    total = len(sequences.prompts)
+    for start in range(0, total, batch_size):
+        rows = np.arange(start, start + batch_size)
+        source = np.where(rows < total, rows, start)
+        batch = jax.tree.map(lambda x, source=source: np.asarray(x)[source], sequences)
+        yield min(batch_size, total - start), shard_batch(batch, placement.mesh)
+
+
+def as_float(x: jax.Array) -> float:
+    """One number of the device as a Python float."""
+    return float(jnp.asarray(x))

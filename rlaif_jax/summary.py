@@ -1,0 +1,87 @@
+"""What a run prints at its end: the figures, and a few replies side by side."""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from rlaif_jax.files import read_parquet
+from rlaif_jax.judge.score import Judge
+from rlaif_jax.stages.run import Run
+
+# Printed in this order; a row shows the SFT policy beside the RL policy.
+_BY_POLICY = (
+    ("good replies (ground truth)", "ground_truth_good"),
+    ("  on new combinations", "ground_truth_good_new_combinations"),
+    ("  on unseen templates", "ground_truth_good_unseen_templates"),
+    ("  well-mannered", "ground_truth_well_mannered"),
+    ("  answers its prompt", "ground_truth_answers_prompt"),
+    ("reward", "reward"),
+    ("response length, tokens", "response_length"),
+    ("distinct bigrams", "distinct_2"),
+    ("most common reply", "most_common_reply"),
+)
+_SINGLE = (
+    ("judged win rate, RL over SFT", "win_rate/rl_vs_sft"),
+    ("  on new combinations", "win_rate_new_combinations/rl_vs_sft"),
+    ("  on unseen templates", "win_rate_unseen_templates/rl_vs_sft"),
+    ("KL of RL from SFT, nats a reply", "kl/rl_vs_sft"),
+    ("judge agrees with ground truth", "judge_agreement/ground_truth"),
+    ("reward model agrees with ground truth", "reward_model_accuracy/ground_truth"),
+    ("reward model agrees with judge", "reward_model_accuracy/judge"),
+)
+
+
+def print_summary(run: Run) -> None:
+    """The table of results and `evaluation.shown_samples` replies side by side."""
+    console = Console()
+    results = json.loads((run.workdir / "eval" / "results.json").read_text())
+    table = Table(title=f"{run.workdir}: mean [95 % interval]", title_justify="left")
+    for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
+        table.add_column(column, justify=justify)
+    for label, name in _BY_POLICY:
+        sft, rl = results[f"{name}/sft"], results[f"{name}/rl"]
+        table.add_row(label, _figure(sft), _figure(rl), str(rl["n"]))
+    table.add_section()
+    for label, name in _SINGLE:
+        table.add_row(label, "", _figure(results[name]), str(results[name]["n"]))
+    console.print(table)
+    if results["judge_is_training_judge"]:
+        console.print("The judge that evaluates is the judge that labelled; the ground truth is independent of it.")
+    _print_samples(console, run)
+
+
+def _print_samples(console: Console, run: Run) -> None:
+    rows = read_parquet(run.workdir / "eval" / "preferences.parquet").to_pylist()
+    table = Table(title="Held-out prompts", title_justify="left", show_lines=True)
+    for column in ("prompt", "SFT", "RL", "P(RL better)"):
+        table.add_column(column)
+    for row in rows[: run.config.evaluation.shown_samples]:
+        probability = "-" if row["prob_a"] is None else f"{row['prob_a']:.2f}"
+        table.add_row(row["prompt"], row["response_b"], row["response_a"], probability)
+    console.print(table)
+
+
+def _figure(figure: dict) -> str:
+    if figure["mean"] is None:
+        return "-"
+    low, high = figure["ci95"]
+    return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def print_replay(judge: Judge, stored: dict, fresh: dict, same: bool) -> None:
+    """The exact prompts of a label row, and the stored fields beside the new ones."""
+    console = Console()
+    orders = (("forward", "response_a", "response_b"), ("reversed", "response_b", "response_a"))
+    for order, first, second in orders:
+        suffix = judge.template.suffix(stored["prompt"], stored[first], stored[second])
+        console.rule(f"prompt, {order}")
+        console.print(judge.template.preamble + suffix, markup=False, highlight=False)
+    table = Table()
+    for column in ("field", "stored", "now"):
+        table.add_column(column)
+    for name in stored:
+        if name not in ("prompt", "response_a", "response_b"):
+            table.add_row(name, str(stored[name]), str(fresh[name]))
+    console.print(table)
+    console.print("same label" if same else "DIFFERENT label")

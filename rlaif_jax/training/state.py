@@ -1,0 +1,42 @@
+"""Train states: parameters, optimizer state and step, sharded alike."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+
+from rlaif_jax.models.parameters import Placement, abstract_parameters
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that an update changes."""
+
+    step: jax.Array  # [] int32: updates done
+    params: dict
+    opt_state: optax.OptState
+
+
+def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, placement: Placement) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState; the optimizer's moments are split as their parameters."""
+    params = abstract_parameters(model, placement)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.whole),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.whole)
+    return TrainState(step, params, opt_state)
+
+
+def init_state(model: nn.Module, params, optimizer: optax.GradientTransformation, placement: Placement) -> TrainState:
+    """A state at step 0. The parameters are copied, since updates donate the state."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, placement))
+
+    def init(params):
+        params = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=shardings)(params)

@@ -1,0 +1,31 @@
+"""The one train step: a loss that is a sum, divided by its weight, then an optimizer update."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlaif_jax.training.state import TrainState
+
+# (params, batch) -> (sum of the loss, weight, sums of metrics by name). A loss is a sum and a weight, never a
+# mean, so that it does not depend on how a batch is split or padded.
+Loss = Callable[[dict, dict], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+
+
+def train_step(
+    state: TrainState, batch, loss: Loss, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. Metrics are means over the loss's weight, and `loss`, `grad_norm`."""
+
+    def summed(params):
+        total, weight, sums = loss(params, batch)
+        return total, (weight, sums)
+
+    (total, (weight, sums)), grads = jax.value_and_grad(summed, has_aux=True)(state.params)
+    weight = jnp.maximum(weight, 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {name: value / weight for name, value in sums.items()}
+    metrics |= {"loss": total / weight, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
