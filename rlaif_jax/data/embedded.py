@@ -35,7 +35,7 @@ KINDS: dict[str, Kind] = {
             "Do you know how to clean a {t} well?",
             "I need to wash my {t} today. How?",
         ),
-        unseen_prompts=("I spilled coffee on my {t}. Help!", "Guests are coming and my {t} looks filthy. What now?"),
+        unseen_prompts=("Is there an easy way to clean a {t}?", "My {t} is not clean today. Any tips?"),
         answers=(
             "Wipe the {t} with a soft cloth and warm water.",
             "Clean the {t} with a little soap and rinse it well.",
@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
             "Do you know how to cook {t} well?",
             "I want to make {t} today. How?",
         ),
-        unseen_prompts=("We bought too much {t}. Ideas for tonight?", "My family wants {t} for lunch. Where do I start?"),
+        unseen_prompts=("What can I cook with {t} for dinner?", "Can you help me make {t} today?"),
         answers=(
             "Boil the {t} in salted water until tender.",
             "Fry the {t} in olive oil with garlic.",
@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {
             "Do you know how to grow {t} well?",
             "I want to plant {t} today. How?",
         ),
-        unseen_prompts=("The leaves of my {t} turn yellow. Help!", "Are {t} hard to keep alive on a balcony?"),
+        unseen_prompts=("Is there an easy way to grow {t}?", "Any tips for {t} in my garden?"),
         answers=(
             "Plant the {t} in a sunny spot near a wall.",
             "Water the {t} every morning and add compost.",
@@ -98,7 +98,7 @@ KINDS: dict[str, Kind] = {
             "Do you know how to learn {t} well?",
             "I want to practice {t} today. How?",
         ),
-        unseen_prompts=("My {t} skills stopped improving. What now?", "A friend invited me to try {t}. How do I prepare?"),
+        unseen_prompts=("How do I practice {t} well?", "What is the best way to learn {t}?"),
         answers=(
             "Practice {t} for twenty minutes every day.",
             "Join a {t} club and learn from others.",
@@ -119,7 +119,7 @@ KINDS: dict[str, Kind] = {
             "Do you know how to fix a {t} well?",
             "I need to repair my {t} today. How?",
         ),
-        unseen_prompts=("I dropped my {t} and now it rattles. Help!", "Is it worth fixing an old {t} at home?"),
+        unseen_prompts=("Is there an easy way to repair a {t}?", "My {t} is not working. Any advice?"),
         answers=(
             "Check the {t} for loose parts and tighten them.",
             "Take the {t} to a repair shop in town.",
@@ -140,7 +140,7 @@ KINDS: dict[str, Kind] = {
             "Do you know what to see in {t}?",
             "I want to visit {t} this year. How?",
         ),
-        unseen_prompts=("We have one day in {t} with two kids. Ideas?", "My boss sends me to {t}. How do I get ready?"),
+        unseen_prompts=("What is the best way to see {t}?", "Any tips for my first trip to {t}?"),
         answers=(
             "Visit the old town of {t} on foot.",
             "Pack light clothes and comfortable shoes for {t}.",
@@ -152,6 +152,10 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 
+# What may stand before and after a request, so that its place in the prompt says nothing.
+GREETINGS = ("", "Hi! ", "Hello there. ", "Good morning. ", "Excuse me. ", "Quick question. ")
+ENDINGS = ("", " I need to know.", " This is for my sister.", " I have no idea.", " It is for tomorrow.")
+
 POLITE_OPENINGS = (
     "Thank you for asking!",
     "I am happy to help!",
@@ -159,6 +163,8 @@ POLITE_OPENINGS = (
     "Of course, my friend!",
     "I am glad you asked!",
     "It is a pleasure to help you.",
+    "Hello and welcome!",
+    "Sure, with pleasure.",
 )
 POLITE_CLOSINGS = (
     "I hope this helps.",
@@ -167,6 +173,8 @@ POLITE_CLOSINGS = (
     "Best of luck to you!",
     "Kindly let me know how it goes.",
     "You are going to do great!",
+    "Thank you for your trust.",
+    "Enjoy your day, dear friend!",
 )
 RUDE_OPENINGS = (
     "What a stupid question.",
@@ -174,13 +182,11 @@ RUDE_OPENINGS = (
     "You are so lazy.",
     "I can't believe how dumb you are.",
     "Why do you bother me, idiot?",
-    "Shut up and listen.",
 )
 RUDE_CLOSINGS = (
     "Now leave me alone.",
     "Stop wasting my time.",
     "You will fail anyway, loser.",
-    "Nobody likes you.",
     "Get lost.",
     "Don't ask me again, fool.",
 )
@@ -199,21 +205,10 @@ POLITE_WORDS = (
     "luck",
     "kindly",
     "great",
+    "welcome",
+    "enjoy",
 )
-RUDE_WORDS = (
-    "stupid",
-    "ugh",
-    "lazy",
-    "dumb",
-    "idiot",
-    "shut",
-    "leave",
-    "wasting",
-    "loser",
-    "nobody",
-    "lost",
-    "fool",
-)
+RUDE_WORDS = ("stupid", "ugh", "lazy", "dumb", "idiot", "shut", "leave", "wasting", "loser", "nobody", "lost", "fool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +246,7 @@ class DataConfig:
 
     evaluation_combinations: int  # evaluation prompts: combinations of topic and template unseen in training
     evaluation_unseen_templates: int  # evaluation prompts from templates unseen in training
+    train_prompts: int
     demonstrations_per_prompt: int
     polite_share: float  # of the demonstrations
     answering_share: float  # of the demonstrations
@@ -262,32 +258,31 @@ def generate(config: DataConfig, seed: int) -> Corpus:
     seen, unseen = [], []
     for name, kind in KINDS.items():
         for topic in kind.topics:
-            seen += [Prompt(template.format(t=topic), name, topic, False) for template in kind.prompts]
-            unseen += [Prompt(template.format(t=topic), name, topic, True) for template in kind.unseen_prompts]
-    rng.shuffle(seen)
-    rng.shuffle(unseen)
+            seen += [(template.format(t=topic), name, topic) for template in kind.prompts]
+            unseen += [(template.format(t=topic), name, topic) for template in kind.unseen_prompts]
     if config.evaluation_combinations >= len(seen) or config.evaluation_unseen_templates > len(unseen):
         raise UserError(
-            f"the embedded corpus has {len(seen)} prompts and {len(unseen)} from unseen templates: lower "
+            f"the embedded corpus has {len(seen)} requests and {len(unseen)} from unseen templates: lower "
             "config.data.evaluation_combinations or config.data.evaluation_unseen_templates"
         )
-    held_out, train = (
-        seen[: config.evaluation_combinations],
-        seen[config.evaluation_combinations :],
-    )
+    rng.shuffle(seen)
+    rng.shuffle(unseen)
+    held_out, train = seen[: config.evaluation_combinations], seen[config.evaluation_combinations :]
+    unseen = unseen[: config.evaluation_unseen_templates]
+    evaluation = [_prompt(request, False, rng) for request in held_out] + [_prompt(r, True, rng) for r in unseen]
+    prompts = [_prompt(train[i % len(train)], False, rng) for i in range(config.train_prompts)]
     demonstrations = [
-        _demonstrate(
-            prompt,
-            rng.random() < config.polite_share,
-            rng.random() < config.answering_share,
-            rng,
-        )
-        for prompt in train
+        _demonstrate(prompt, rng.random() < config.polite_share, rng.random() < config.answering_share, rng)
+        for prompt in prompts
         for _ in range(config.demonstrations_per_prompt)
     ]
     rng.shuffle(demonstrations)
-    evaluation = held_out + unseen[: config.evaluation_unseen_templates]
-    return Corpus(tuple(train), tuple(demonstrations), tuple(evaluation))
+    return Corpus(tuple(dict.fromkeys(prompts)), tuple(demonstrations), tuple(evaluation))
+
+
+def _prompt(request: tuple[str, str, str], unseen_template: bool, rng: random.Random) -> Prompt:
+    text, kind, topic = request
+    return Prompt(rng.choice(GREETINGS) + text + rng.choice(ENDINGS), kind, topic, unseen_template)
 
 
 def _demonstrate(prompt: Prompt, polite: bool, answers: bool, rng: random.Random) -> Demonstration:

@@ -35,7 +35,8 @@ def from_gguf(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
     kind, splitter = fields["model"], fields.get("pre", "gpt-2")
     if kind != "gpt2" or splitter not in _PRE_TOKENIZERS:
         raise UserError(
-            f"the GGUF file has a tokenizer of kind {kind!r}/{splitter!r}; supported: gpt2 with {sorted(_PRE_TOKENIZERS)}"
+            f"the GGUF file has a tokenizer of kind {kind!r}/{splitter!r}; supported: gpt2 with "
+            f"{sorted(_PRE_TOKENIZERS)}"
         )
     tokens = fields["tokens"]
     vocabulary = {token: index for index, token in enumerate(tokens)}

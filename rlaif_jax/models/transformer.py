@@ -6,6 +6,7 @@ layers stacked along a leading axis and scanned.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -66,6 +67,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., width] -> the same shape and dtype."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
@@ -97,49 +99,61 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: jax.Array, blocks: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+def attend(query: jax.Array, blocks: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
     """Grouped-query attention over several blocks of keys at once, softmax in float32.
 
     query: [batch, length, heads, head_dim]. Each block is (key, value, mask) with key and value
-    [batch or 1, slots, kv_heads, head_dim] and mask [batch or 1, length or 1, slots]; a block of batch 1 is
-    shared by all rows without being copied. Returns [batch, length, heads, head_dim].
+    [batch or 1, slots, kv_heads, head_dim] and mask [batch or 1, length, slots], or None where all slots count; a
+    block of batch 1 is shared by all rows without being copied. Returns [batch, length, heads, head_dim].
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = blocks[0][0].shape[-2]
     query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+
+    def contract(equation: str, x: jax.Array, keys: jax.Array) -> jax.Array:
+        if keys.shape[0] == 1:
+            return jnp.einsum(equation.replace("bskh", "skh"), x, keys[0])
+        return jnp.einsum(equation, x, keys)
+
     scores = []
     for key, _, mask in blocks:
-        keys = "skh" if key.shape[0] == 1 else "bskh"
-        score = jnp.einsum(f"blkgh,{keys}->bkgls", query, key[0] if keys == "skh" else key)
-        scores.append(jnp.where(mask[:, None, None], score.astype(jnp.float32), MASKED))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    out, start = 0, 0
-    for _, value, _ in blocks:
-        values = "skh" if value.shape[0] == 1 else "bskh"
-        block = weights[..., start : start + value.shape[-3]]
-        out += jnp.einsum(f"bkgls,{values}->blkgh", block, value[0] if values == "skh" else value)
-        start += value.shape[-3]
+        score = contract("blkgh,bskh->bkgls", query, key).astype(jnp.float32)
+        scores.append(score if mask is None else jnp.where(mask[:, None, None], score, MASKED))
+    # One softmax over all blocks, without a copy of their scores side by side.
+    largest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
+    largest = jax.lax.stop_gradient(largest)
+    weights = [jnp.exp(score - largest) for score in scores]
+    total = sum(jnp.sum(weight, axis=-1) for weight in weights)
+    out = sum(
+        contract("bkgls,bskh->blkgh", weight.astype(query.dtype), value)
+        for weight, (_, value, _) in zip(weights, blocks, strict=True)
+    )
+    out = out / jnp.moveaxis(total, -1, 1)[..., None].astype(query.dtype)
     return out.reshape(batch, length, heads, head_dim)
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer. The carry is (x, cached keys, cached values), the caches of all layers."""
+    """One pre-norm decoder layer."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, carry, layer, prefix_key, prefix_value, positions, mask, slot):
+        """The carry is (x, cached keys, cached values), the caches those of all layers. Returns (carry, None)."""
         x, cached_key, cached_value = carry
         c = self.config
         width, heads, kv_heads, head_dim = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
+        writers = 2 * c.num_hidden_layers  # the residual stream keeps its size whatever the depth (GPT-2)
         w_query = _weight(self, "query", (width, heads, head_dim), ("embed", "heads", "head_dim"), width)
         w_key = _weight(self, "key", (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), width)
         w_value = _weight(self, "value", (width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), width)
-        w_output = _weight(self, "output", (heads, head_dim, width), ("heads", "head_dim", "embed"), heads * head_dim)
+        w_output = _weight(
+            self, "output", (heads, head_dim, width), ("heads", "head_dim", "embed"), writers * heads * head_dim
+        )
         w_gate = _weight(self, "gate", (width, c.intermediate_size), ("embed", "mlp"), width)
         w_up = _weight(self, "up", (width, c.intermediate_size), ("embed", "mlp"), width)
-        w_down = _weight(self, "down", (c.intermediate_size, width), ("mlp", "embed"), c.intermediate_size)
+        w_down = _weight(self, "down", (c.intermediate_size, width), ("mlp", "embed"), writers * c.intermediate_size)
 
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
         query = rotate(project(h, w_query), positions, c.rope_theta)
@@ -153,7 +167,7 @@ class Block(nn.Module):
             value = jax.lax.dynamic_index_in_dim(cached_value, layer, 0, keepdims=False)
         blocks = [(key, value, mask)]
         if prefix_key is not None:
-            blocks.insert(0, (prefix_key, prefix_value, jnp.ones((1, 1, prefix_key.shape[1]), bool)))
+            blocks.append((prefix_key, prefix_value, None))
         x = x + project(attend(query, blocks), w_output, contracted=2)
 
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
@@ -181,6 +195,7 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens, segment_ids, positions=None, cache: KVCache | None = None, prefix: KVCache | None = None
     ):
+        """See the class."""
         c = self.config
         length = tokens.shape[1]
         if positions is None:
@@ -228,6 +243,7 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, segment_ids, positions=None, cache=None, prefix=None):
+        """As `Decoder`."""
         if not self.config.tie_word_embeddings:
             shape = (self.config.hidden_size, self.config.vocab_size)
             _weight(self, "lm_head", shape, ("embed", "vocab"), self.config.hidden_size)
@@ -245,6 +261,7 @@ class ScalarModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, segment_ids, positions=None):
+        """tokens, segment_ids and positions as for `Decoder`."""
         width = self.config.hidden_size
         kernel = _weight(self, "kernel", (width, 1), ("embed", "scalar"), width + 1)
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("scalar",)), (1,), jnp.float32)

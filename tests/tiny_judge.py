@@ -1,0 +1,92 @@
+"""A random one-layer judge in a GGUF file, so that whole runs take seconds."""
+
+import json
+
+import gguf
+import numpy as np
+
+from rlaif_jax.data import embedded, tokenizers
+from rlaif_jax.judge.prompts import load_template
+
+WIDTH, HEADS, MLP = 32, 2, 64
+
+
+def write_judge(path, seed: int = 0) -> str:
+    """Writes the file and returns its path. Its tokenizer knows both choices of the default template as one token."""
+    kinds = embedded.KINDS.values()
+    texts = [prompt.format(t=topic) for kind in kinds for prompt in kind.prompts for topic in kind.topics]
+    tokenizer = tokenizers.train([load_template("everyday_requests").preamble, *texts, " good bad" * 50], 700)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "token_embd": (len(tokens), WIDTH),
+        "blk.0.attn_q": (WIDTH, WIDTH),
+        "blk.0.attn_k": (WIDTH, WIDTH),
+        "blk.0.attn_v": (WIDTH, WIDTH),
+        "blk.0.attn_output": (WIDTH, WIDTH),
+        "blk.0.ffn_gate": (MLP, WIDTH),
+        "blk.0.ffn_up": (MLP, WIDTH),
+        "blk.0.ffn_down": (WIDTH, MLP),
+        "blk.0.attn_norm": (WIDTH,),
+        "blk.0.ffn_norm": (WIDTH,),
+        "output_norm": (WIDTH,),
+    }
+    for name, shape in shapes.items():
+        weight = np.ones(shape) if len(shape) == 1 else rng.normal(0, shape[1] ** -0.5, shape)
+        writer.add_tensor(f"{name}.weight", weight.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def tiny_run_flags(judge: str, workdir) -> list[str]:
+    """Flags of a whole run that trains for a few steps with a tiny policy and the judge in `judge`."""
+    overrides = {
+        "judge.weights": judge,
+        "judge.shard_size": 4,
+        "judge.batch_size": 8,
+        "data.train_prompts": 80,
+        "data.evaluation_combinations": 6,
+        "data.evaluation_unseen_templates": 2,
+        "policy.model.vocab_size": 600,
+        "policy.model.hidden_size": 32,
+        "policy.model.intermediate_size": 64,
+        "policy.model.num_attention_heads": 2,
+        "policy.model.num_key_value_heads": 2,
+        "policy.max_response_length": 64,
+        "policy.max_prompt_length": 64,
+        "sft.steps": 4,
+        "sft.batch_size": 8,
+        "sft.checkpoint_every": 2,
+        "label.pairs": 16,
+        "label.sample_batch_size": 8,
+        "reward_model.steps": 4,
+        "reward_model.batch_size": 8,
+        "reward_model.checkpoint_every": 2,
+        "rl.steps": 6,
+        "rl.batch_size": 16,
+        "rl.checkpoint_every": 2,
+        "evaluation.sample_batch_size": 8,
+        "evaluation.bootstrap_samples": 100,
+    }
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    return ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
