@@ -24,8 +24,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         replicated=(),  # logical axes that may stay whole where they do not divide
     )
     config.data = _group(
-        evaluation_combinations=72,  # evaluation prompts: known templates, new combinations
-        evaluation_unseen_templates=40,  # evaluation prompts from templates that training never sees
+        evaluation_combinations=64,  # evaluation prompts: known templates, new combinations
+        evaluation_unseen_templates=32,  # evaluation prompts from templates that training never sees
         train_prompts=3000,  # drawn from the requests that evaluation leaves, with varied greetings and endings
         demonstrations_per_prompt=1,
         polite_share=0.5,  # of the demonstrations
@@ -69,7 +69,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         optimizer=_optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
     )
     config.label = _group(
-        pairs=224,
+        pairs=192,
         temperature=1.0,
         sample_batch_size=64,
     )

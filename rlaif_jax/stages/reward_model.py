@@ -44,7 +44,8 @@ def reward_loss(params, batch: Comparisons, model: ScalarModel):
 def run_reward_model(run: Run) -> None:
     """Reads `label/preferences.parquet`; writes `reward_model/checkpoints` and `normalisation.json`."""
     config = run.config.reward_model
-    comparisons = _read_comparisons(run)
+    table = _read_labels(run)
+    comparisons = _encode(run, table)
     batches = shuffled_batches(range(len(comparisons.prob_a)), config.batch_size, run.config.seed)
     model = run.scalar_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -60,7 +61,16 @@ def run_reward_model(run: Run) -> None:
         rows = np.asarray(batches[step])
         batch = shard_batch(jax.tree.map(lambda x: x[rows], comparisons), run.placement.mesh)
         state, metrics = step_fn(state, batch)
-        return state, metrics, []
+        tokens = sum(x.prompt_mask[rows].sum() + x.response_mask[rows].sum() for x in (comparisons.a, comparisons.b))
+        samples = []
+        if step + 1 == config.steps:
+            columns = (np.asarray(_rewards(model, state.params, x)).tolist() for x in (batch.a, batch.b))
+            samples = [
+                {name: table[name][row] for name in ("prompt", "response_a", "response_b", "prob_a")}
+                | {"reward_a": reward_a, "reward_b": reward_b}
+                for row, reward_a, reward_b in zip(rows, *columns, strict=True)
+            ]
+        return state, metrics | {"tokens": tokens}, samples
 
     loop = LoopConfig(config.steps, config.checkpoint_every)
     abstract = abstract_state(model, optimizer, run.placement)
@@ -95,11 +105,14 @@ def score(run: Run, model: ScalarModel, params, sequences: Sequences, batch_size
 _rewards = jax.jit(response_rewards, static_argnums=0)
 
 
-def _read_comparisons(run: Run) -> Comparisons:
+def _read_labels(run: Run) -> dict[str, list]:
     file = run.workdir / "label" / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
-    table = store.scored(read_parquet(file)).to_pydict()
+    return store.scored(read_parquet(file)).to_pydict()
+
+
+def _encode(run: Run, table: dict[str, list]) -> Comparisons:
     policy, tokenizer = run.config.policy, run.tokenizer()
     prompts, prompt_mask = encode_prompts(tokenizer, table["prompt"], policy.max_prompt_length)
 

@@ -104,6 +104,7 @@ def make_rollout(
         "kl/k3": masked_mean(k3(old_logprobs, ref_logprobs), mask),
         "kl/sequence": jnp.mean(jnp.sum(log_ratio, axis=1)),
         "entropy": masked_mean(entropy, mask),
+        "tokens": jnp.sum(prompt_mask) + jnp.sum(mask),
         "response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
         "ended_fraction": jnp.mean(ended.astype(jnp.float32)),
         "sampler_mismatch": jnp.max(jnp.abs(samples.logprobs - old_logprobs)),

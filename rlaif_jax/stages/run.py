@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import grain.python as grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from transformers import PreTrainedTokenizerFast
@@ -117,8 +116,3 @@ def padded_batches(sequences: Sequences, batch_size: int, placement: Placement) 
         source = np.where(rows < total, rows, start)
         batch = jax.tree.map(lambda x, source=source: np.asarray(x)[source], sequences)
         yield min(batch_size, total - start), shard_batch(batch, placement.mesh)
-
-
-def as_float(x: jax.Array) -> float:
-    """One number of the device as a Python float."""
-    return float(jnp.asarray(x))

@@ -12,7 +12,7 @@ from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import init_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import shard_batch
-from rlaif_jax.stages.run import Run, shuffled_batches
+from rlaif_jax.stages.run import Run, sample_responses, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.sequences import Sequences, response_logprobs
@@ -49,7 +49,9 @@ def run_sft(run: Run) -> None:
         rows = np.asarray(batches[step])
         batch = shard_batch(jax.tree.map(lambda x: x[rows], examples), run.placement.mesh)
         state, metrics = step_fn(state, batch)
-        return state, metrics, []
+        tokens = examples.prompt_mask[rows].sum() + examples.response_mask[rows].sum()
+        samples = _samples(run, state.params) if step + 1 == config.steps else []
+        return state, metrics | {"tokens": tokens}, samples
 
     train(
         "sft",
@@ -59,6 +61,17 @@ def run_sft(run: Run) -> None:
         lambda: init_state(model, _initial_params(run, model), optimizer, run.placement),
         next_step,
     )
+
+
+def _samples(run: Run, params) -> list[dict]:
+    """Replies of the trained policy to a batch of training prompts, for samples.jsonl."""
+    config = run.config.label
+    prompts = [prompt.text for prompt in run.corpus().train_prompts[: config.sample_batch_size]]
+    batches = sample_responses(
+        run, params, prompts, run.key("sft samples"), config.temperature, config.sample_batch_size
+    )
+    texts, _ = next(batches)
+    return [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def _make_tokenizer(run: Run, texts: list[str]):

@@ -15,7 +15,7 @@ from rlaif_jax.training.metrics import StageLog
 
 State = TypeVar("State")
 # (state, step) -> (state, metrics, samples to log). Everything random or read in a step is a function of the
-# step, so that a resumed run does what an undisturbed one does.
+# step, so that a resumed run does what an undisturbed one does. The metric `tokens` counts what the step worked on.
 NextStep = Callable[[State, int], tuple[State, dict, list[dict]]]
 
 
@@ -53,7 +53,7 @@ def train(
             log.metrics(step, metrics)
             for sample in samples:
                 log.sample(step, sample)
-            log.timing(step, time.perf_counter() - began)
+            log.timing(step, time.perf_counter() - began, float(metrics["tokens"]))
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.steps:
                 checkpoints.save(done, state)

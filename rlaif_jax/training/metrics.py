@@ -1,7 +1,6 @@
 """metrics.jsonl (reproducible), timing.jsonl (wall clock), samples.jsonl and TensorBoard files of a stage."""
 
 import json
-import math
 
 from etils import epath
 from tensorboardX import SummaryWriter
@@ -43,15 +42,15 @@ class StageLog:
         self._board = SummaryWriter(str(logs / folder.name), purge_step=resume_step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics. A value that is not finite is written as null: JSON has no NaN."""
+        """One line of metrics, all of them finite."""
         values = {name: float(value) for name, value in sorted(values.items())}
-        self._metrics.write({"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()})
+        self._metrics.write({"step": step} | values)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def timing(self, step: int, seconds: float) -> None:
-        """One line of wall-clock time."""
-        self._timing.write({"step": step, "time": round(seconds, 4)})
+    def timing(self, step: int, seconds: float, tokens: float) -> None:
+        """One line of wall-clock time: seconds of the step, and tokens a second."""
+        self._timing.write({"step": step, "time": seconds, "tokens_per_second": tokens / seconds})
 
     def sample(self, step: int, row: dict) -> None:
         """One sampled text with its scores."""

@@ -1,0 +1,47 @@
+"""Results of finished runs side by side, as a Markdown table: python -m rlaif_jax.compare RUN [RUN ...]"""
+
+import json
+import sys
+
+from etils import epath
+
+from rlaif_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    try:
+        if len(argv) < 2 or any(name.startswith("-") for name in argv[1:]):
+            raise UserError("usage: python -m rlaif_jax.compare RUN [RUN ...]")
+        print(table([epath.Path(name) for name in argv[1:]]))
+    except UserError as error:
+        print(f"rlaif_jax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def table(runs: list[epath.Path]) -> str:
+    """One row a figure, one column a run. Raises UserError where a run has no results."""
+    results = []
+    for run in runs:
+        file = run / "eval" / "results.json"
+        if not file.exists():
+            raise UserError(f"{file} is missing: run the eval stage first")
+        results.append(json.loads(file.read_text()))
+    lines = [f"| | {' | '.join(run.name for run in runs)} |", "|---" * (len(runs) + 1) + "|"]
+    for name in dict.fromkeys(name for result in results for name in result):
+        lines.append(f"| `{name}` | {' | '.join(_cell(result.get(name)) for result in results)} |")
+    return "\n".join(lines)
+
+
+def _cell(figure) -> str:
+    if not isinstance(figure, dict):
+        return "-" if figure is None else str(figure).lower()
+    if figure["mean"] is None:
+        return f"- (n={figure['n']})"
+    low, high = figure["ci95"]
+    return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}] (n={figure['n']})"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

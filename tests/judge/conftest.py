@@ -1,0 +1,32 @@
+import dataclasses
+
+import pytest
+
+from rlaif_jax.judge.score import Pair, load_judge
+from rlaif_jax.models.parameters import Placement
+from tests.helpers import one_device_mesh, quickstart_config
+from tests.tiny_judge import write_judge
+
+PAIRS = [
+    Pair("How do I clean my oven?", "Scrub it.", "Get lost."),
+    Pair("What should I see in Oslo? It is for tomorrow.", "The museums in Oslo, and the old town on foot.", "No."),
+    Pair("Hi!", "a", "b"),
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = write_judge(tmp_path_factory.mktemp("judge") / "judge.gguf")
+    return dataclasses.replace(quickstart_config().judge, weights=path, batch_size=4, bucket=8, shard_size=2)
+
+
+LONG = Pair("x", "word " * 400, "b")
+
+
+def judge_with(config, **changes):
+    return load_judge(dataclasses.replace(config, **changes), 0, Placement(one_device_mesh()))
+
+
+@pytest.fixture(scope="module")
+def judge(config):
+    return judge_with(config)

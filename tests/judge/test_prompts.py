@@ -1,0 +1,52 @@
+import pytest
+import yaml
+
+from rlaif_jax.errors import UserError
+from rlaif_jax.judge.prompts import load_template
+
+GOOD = {
+    "instruction": "Judge.",
+    "comparison": "Q {prompt} A {response_1} B {response_2} Best:",
+    "choices": [" one", " two"],
+    "examples": [{"prompt": "p", "response_1": "x", "response_2": "y", "choice": 2}],
+}
+
+
+def template(tmp_path, **changes):
+    path = tmp_path / "template.yaml"
+    path.write_text(yaml.safe_dump(GOOD | changes))
+    return load_template(str(path))
+
+
+def test_the_preamble_holds_the_instruction_and_the_examples_with_their_choice(tmp_path):
+    assert template(tmp_path).preamble == "Judge.\n\nQ p A x B y Best: two\n\n"
+
+
+def test_braces_in_a_users_text_stay_as_they_are(tmp_path):
+    assert template(tmp_path).suffix("{prompt}", "{", "{response_1}") == "Q {prompt} A { B {response_1} Best:"
+
+
+def test_the_digest_changes_with_any_part(tmp_path):
+    variants = [{}, {"instruction": ""}, {"choices": [" two", " one"]}, {"examples": []}]
+    assert len({template(tmp_path, **changes).digest for changes in variants}) == len(variants)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"comparison": "Q {prompt} A {response_1} Best:"},
+        {"comparison": "Q {prompt} A {response_1} B {response_2} {rubric}"},
+        {"choices": [" one"]},
+        {"choices": None},
+        {"examples": [{"prompt": "p", "response_1": "x", "response_2": "y", "choice": 3}]},
+        {"examples": [{"prompt": "p", "response_1": "x", "choice": 1}]},
+    ],
+)
+def test_a_malformed_template_is_an_error_that_names_the_file(tmp_path, changes):
+    with pytest.raises(UserError, match=r"template\.yaml"):
+        template(tmp_path, **changes)
+
+
+def test_an_unknown_template_names_the_known_ones():
+    with pytest.raises(UserError, match="everyday_requests"):
+        load_template("everyday_request")

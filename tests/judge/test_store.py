@@ -1,0 +1,46 @@
+import dataclasses
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from rlaif_jax.errors import UserError
+from rlaif_jax.judge import store
+from tests.judge.conftest import LONG, PAIRS
+
+
+def test_a_committed_shard_is_never_judged_again(judge, tmp_path, monkeypatch):
+    first = store.label(judge, PAIRS, tmp_path, "label")
+    (tmp_path / "shards" / "00001.parquet").unlink()
+    judged = []
+    honest = store.judge_pairs
+    monkeypatch.setattr(store, "judge_pairs", lambda j, pairs, told: judged.append(pairs) or honest(j, pairs, told))
+    again = store.label(judge, PAIRS, tmp_path, "label")
+    assert judged == [PAIRS[2:]]
+    assert again.equals(first)
+    assert pq.read_table(tmp_path / "preferences.parquet").equals(first)
+
+
+def test_failures_are_counted_and_too_many_stop_the_stage(judge, tmp_path):
+    preamble = judge.prefix.key.shape[2]
+    limits = dataclasses.replace(judge.config, max_length=preamble + 60, max_failure_rate=0.5)
+    pairs = [PAIRS[2], LONG]
+    table = store.label(dataclasses.replace(judge, config=limits), pairs, tmp_path / "a", "label")
+    assert table["status"].to_pylist() == ["ok", "too_long"]
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["status"] == {"ok": 1, "too_long": 1}
+    assert store.scored(table).num_rows == 1
+
+    strict = dataclasses.replace(limits, max_failure_rate=0.1)
+    with pytest.raises(UserError, match=r"50\.0%.*too_long"):
+        store.label(dataclasses.replace(judge, config=strict), pairs, tmp_path / "b", "label")
+
+
+def test_replay_reproduces_a_row_and_sees_a_changed_one(judge, tmp_path):
+    table = store.label(judge, PAIRS, tmp_path, "label")
+    stored, fresh = store.replay(judge, table, 1)
+    assert store.same_label(stored, fresh)
+    assert not store.same_label(stored | {"prob_a": stored["prob_a"] + 0.01}, fresh)
+    assert not store.same_label(stored | {"response_a": "other"}, fresh)
+    assert not store.same_label(stored | {"status": "too_long", "prob_a": None}, fresh)
+    with pytest.raises(UserError, match="0 to 2"):
+        store.replay(judge, table, 3)
