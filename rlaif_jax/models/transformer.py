@@ -6,7 +6,6 @@ layers stacked along a leading axis and scanned.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -100,7 +99,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 def attend(query: jax.Array, blocks: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
-    """Grouped-query attention over several blocks of keys at once, softmax in float32.
+    """Grouped-query attention over one or more blocks of keys, softmax in float32 over all of them.
 
     query: [batch, length, heads, head_dim]. Each block is (key, value, mask) with key and value
     [batch or 1, slots, kv_heads, head_dim] and mask [batch or 1, length, slots], or None where all slots count; a
@@ -108,28 +107,33 @@ def attend(query: jax.Array, blocks: list[tuple[jax.Array, jax.Array, jax.Array 
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = blocks[0][0].shape[-2]
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-
-    def contract(equation: str, x: jax.Array, keys: jax.Array) -> jax.Array:
-        if keys.shape[0] == 1:
-            return jnp.einsum(equation.replace("bskh", "skh"), x, keys[0])
-        return jnp.einsum(equation, x, keys)
-
-    scores = []
-    for key, _, mask in blocks:
-        score = contract("blkgh,bskh->bkgls", query, key).astype(jnp.float32)
-        scores.append(score if mask is None else jnp.where(mask[:, None, None], score, MASKED))
-    # One softmax over all blocks, without a copy of their scores side by side.
-    largest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
-    largest = jax.lax.stop_gradient(largest)
-    weights = [jnp.exp(score - largest) for score in scores]
-    total = sum(jnp.sum(weight, axis=-1) for weight in weights)
-    out = sum(
-        contract("bkgls,bskh->blkgh", weight.astype(query.dtype), value)
-        for weight, (_, value, _) in zip(weights, blocks, strict=True)
-    )
-    out = out / jnp.moveaxis(total, -1, 1)[..., None].astype(query.dtype)
+    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    outputs, sums = zip(*(_attend_block(grouped, *block) for block in blocks), strict=True)
+    # A softmax over all keys is the softmaxes of the blocks, each weighted by its share of the sum.
+    shares = jax.nn.softmax(jnp.stack(sums), axis=0)[..., None].astype(query.dtype)
+    out = sum(share * output for share, output in zip(shares, outputs, strict=True)) if len(blocks) > 1 else outputs[0]
     return out.reshape(batch, length, heads, head_dim)
+
+
+def _attend_block(query, key, value, mask):
+    """One block's attention [batch, length, kv_heads, group, head_dim] and log-sum-exp of scores, without head_dim."""
+    # Each order of dimensions is the one in which the product comes out, so that no scores are transposed.
+    scored, keys = ("kblgs", "skh") if key.shape[0] == 1 else ("bklgs", "bskh")
+    if keys == "skh":
+        key, value = key[0], value[0]
+    scores = jnp.einsum(f"blkgh,{keys}->{scored}", query, key).astype(jnp.float32)
+    if mask is not None:
+        rows = mask[:, None, :, None] if scored == "bklgs" else mask[None, :, :, None]
+        scores = jnp.where(rows, scores, MASKED)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum(f"{scored},{keys}->{scored[:-1]}h", weights.astype(query.dtype), value)
+    out = out / total.astype(query.dtype)
+    log_sum = (largest + jnp.log(total))[..., 0]
+    if scored == "kblgs":
+        return jnp.moveaxis(out, 0, 2), jnp.moveaxis(log_sum, 0, 2)
+    return jnp.moveaxis(out, 1, 2), jnp.moveaxis(log_sum, 1, 2)
 
 
 class Block(nn.Module):
