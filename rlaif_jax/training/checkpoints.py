@@ -24,7 +24,7 @@ class Checkpoints:
     def __init__(self, folder: epath.Path, keep: int = 2):
         self.folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)  # Orbax refuses relative paths
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step; None where there is none."""
