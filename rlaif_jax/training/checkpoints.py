@@ -24,7 +24,9 @@ class Checkpoints:
     def __init__(self, folder: epath.Path, keep: int = 2):
         self.folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)  # Orbax refuses relative paths
+        if not folder.is_absolute():  # Orbax refuses relative paths, and absolute() would break gs:// ones
+            folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step; None where there is none."""

@@ -5,6 +5,8 @@ import json
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from rlaif_jax.files import write_text
+
 
 class JsonLines:
     """An append-only file of JSON objects with a `step`; `resume` drops what a checkpoint does not cover."""
@@ -16,9 +18,7 @@ class JsonLines:
             # A kill can leave half a line at the end: what does not end with a newline was never written.
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < resume_step]
-        temporary = path.parent / f"{path.name}.tmp"
-        temporary.write_text("".join(kept))
-        temporary.rename(path)
+        write_text(path, "".join(kept))
         self._file = path.open("a")
 
     def write(self, row: dict) -> None:
