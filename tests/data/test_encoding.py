@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from rlaif_jax.data import tokenizers
+from rlaif_jax.data.encoding import decode_responses, encode_prompts, encode_responses
+from rlaif_jax.errors import UserError
+
+TEXTS = ["How are you?", "I am fine, thank you for asking!"]
+TOKENIZER = tokenizers.train(TEXTS, 300)
+EOS = TOKENIZER.eos_token_id
+
+
+def test_prompts_end_at_the_right_edge_and_are_chats():
+    tokens, mask = encode_prompts(TOKENIZER, TEXTS, 24)
+    assert tokens.shape == mask.shape == (2, 24)
+    assert tokens.dtype == np.int32
+    for text, row, real in zip(TEXTS, tokens, mask, strict=True):
+        assert np.all(np.diff(real.astype(int)) >= 0)
+        assert not row[~real].any()
+        assert TOKENIZER.decode(row[real]) == f"<|user|>{text}<|end|><|assistant|>"
+
+
+def test_responses_start_at_the_left_edge_and_keep_their_end_of_sequence():
+    tokens, mask = encode_responses(TOKENIZER, TEXTS, 24, truncate=False)
+    for row, real in zip(tokens, mask, strict=True):
+        assert np.all(np.diff(real.astype(int)) <= 0)
+        assert not row[~real].any()
+        assert row[real][-1] == EOS
+        assert EOS not in row[real][:-1]
+
+
+def test_decode_inverts_encode():
+    assert decode_responses(TOKENIZER, *encode_responses(TOKENIZER, TEXTS, 24, truncate=False)) == TEXTS
+
+
+def test_a_prompt_that_fits_exactly_is_kept_and_one_token_more_is_an_error_that_names_it():
+    length = int(encode_prompts(TOKENIZER, TEXTS, 40)[1].sum(1).max())
+    assert encode_prompts(TOKENIZER, TEXTS, length)[1].sum(1).max() == length
+    with pytest.raises(UserError, match=rf"prompt 1 has {length} tokens.*max_prompt_length={length - 1}.*I am fine"):
+        encode_prompts(TOKENIZER, TEXTS, length - 1)
+
+
+def test_a_response_that_does_not_fit_is_an_error_or_loses_its_end():
+    whole, mask = encode_responses(TOKENIZER, TEXTS, 40, truncate=False)
+    length = int(mask.sum(1).max())
+    cut, cut_mask = encode_responses(TOKENIZER, TEXTS, length - 1, truncate=True)
+    assert np.array_equal(cut, whole[:, : length - 1])
+    assert cut_mask[1].all()
+    assert EOS not in cut[1]
+    with pytest.raises(
+        UserError, match=rf"response 1 has {length} tokens.*max_response_length={length - 1}.*I am fine"
+    ):
+        encode_responses(TOKENIZER, TEXTS, length - 1, truncate=False)

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from rlaif_jax.evaluation.statistics import distinct_2, jackknife_ci, mean_ci, most_common_share
+
+
+def test_the_interval_covers_the_mean_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    figures = [mean_ci(rng.normal(2, 1, 60), 200, seed) for seed in range(200)]
+    covered = np.mean([low <= 2 <= high for low, high in (figure["ci95"] for figure in figures)])
+    assert 0.88 < covered < 0.99
+
+
+def test_the_interval_of_a_mean_is_as_wide_as_its_standard_error_says():
+    values = np.random.default_rng(0).normal(size=400)
+    figure = mean_ci(values, 2000, 0)
+    half = 1.96 * values.std() / 20
+    np.testing.assert_allclose(figure["ci95"], [values.mean() - half, values.mean() + half], atol=0.1 * half)
+    assert figure["mean"] == values.mean()
+    assert figure["n"] == 400
+
+
+def test_the_interval_is_a_function_of_the_seed():
+    values = np.arange(10.0)
+    assert mean_ci(values, 100, 3) == mean_ci(values, 100, 3)
+    assert mean_ci(values, 100, 3)["ci95"] != mean_ci(values, 100, 4)["ci95"]
+
+
+def test_nothing_gives_nulls():
+    assert mean_ci([], 100, 0) == {"mean": None, "ci95": [None, None], "n": 0}
+
+
+@pytest.mark.parametrize("values", [[0.5], [True] * 5])
+def test_one_value_or_equal_values_give_an_interval_of_no_width(values):
+    assert mean_ci(values, 100, 0) == {"mean": values[0], "ci95": [values[0]] * 2, "n": len(values)}
+
+
+def test_the_jackknife_of_a_mean_is_the_standard_error():
+    values = list(np.random.default_rng(0).normal(size=30))
+    figure, error = jackknife_ci(values, np.mean), np.std(values, ddof=1) / np.sqrt(30)
+    np.testing.assert_allclose(figure["ci95"], [np.mean(values) - 1.96 * error, np.mean(values) + 1.96 * error])
+    assert figure["n"] == 30
+
+
+@pytest.mark.parametrize(
+    ("texts", "share"), [(["a b c", "b c d"], 3 / 4), (["a b", "a b"], 1 / 2), (["a", ""], 0), ([], 0), (["a b"], 1)]
+)
+def test_distinct_2_is_the_share_of_distinct_bigrams(texts, share):
+    assert distinct_2(texts) == share
+
+
+@pytest.mark.parametrize(("texts", "share"), [(["a", "b", "a", "c"], 1 / 2), (["a"], 1), (["a", "b"], 1 / 2)])
+def test_most_common_share_is_the_share_of_the_most_frequent_text(texts, share):
+    assert most_common_share(texts) == share

@@ -1,0 +1,115 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType
+
+from configs import quickstart
+from rlaif_jax.config import Config, RLConfig, parse
+from rlaif_jax.models.parameters import Placement
+from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel, unembedding
+from rlaif_jax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from rlaif_jax.training.optimizer import OptimizerConfig
+from rlaif_jax.training.sequences import Sequences
+
+EOS = 1
+
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    rope_theta=100.0,  # low, so that positions matter within a few tokens
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
+
+
+def tiny(**changes) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def optimizer_config(**changes) -> OptimizerConfig:
+    config = OptimizerConfig(1e-3, "constant", 0, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0)
+    return dataclasses.replace(config, **changes)
+
+
+def quickstart_config() -> Config:
+    return parse(quickstart.get_config().to_dict())
+
+
+@functools.cache
+def _weights(model, seed):
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"])
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        is_norm = jax.tree_util.keystr(path).endswith("['scale']")
+        mean, deviation = (1, 0.2) if is_norm else (0, model.config.hidden_size**-0.5)
+        return rng.normal(mean, deviation, x.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_params(model: LanguageModel | ScalarModel, seed: int = 0) -> dict:
+    """Weights by NumPy: nothing to compile."""
+    return jax.tree.map(np.copy, _weights(model, seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, tokens, segment_ids, positions=None, cache=None, prefix=None):
+    return model.apply({"params": params}, tokens, segment_ids, positions, cache, prefix)
+
+
+def full_logits(model, params, tokens) -> np.ndarray:
+    hidden, _ = apply(model, params, tokens, np.ones_like(tokens))
+    return np.asarray(hidden) @ np.asarray(unembedding(params))
+
+
+def random_tokens(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, TINY.vocab_size, shape).astype(np.int32)
+
+
+def random_sequences(seed: int, batch: int, prompt_length: int = 5, response_length: int = 6) -> Sequences:
+    """Prompts of random lengths padded on the left, responses of random lengths that end with EOS."""
+    rng = np.random.default_rng(seed)
+    prompt_mask = np.arange(prompt_length) >= rng.integers(0, prompt_length, (batch, 1))
+    lengths = rng.integers(1, response_length + 1, batch)
+    response_mask = np.arange(response_length) < lengths[:, None]
+    prompts = rng.integers(2, TINY.vocab_size, prompt_mask.shape) * prompt_mask
+    responses = rng.integers(2, TINY.vocab_size, response_mask.shape) * response_mask
+    responses[np.arange(batch), lengths - 1] = EOS
+    return Sequences(prompts.astype(np.int32), prompt_mask, responses.astype(np.int32), response_mask)
+
+
+def one_device_mesh():
+    return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def eight_device_mesh():
+    return make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, replicated=()))
+
+
+def one_device() -> Placement:
+    return Placement(one_device_mesh())
+
+
+def eight_devices() -> Placement:
+    return Placement(eight_device_mesh())
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def rl_config(**changes) -> RLConfig:
+    fields = {"batch_size": 8, "minibatches": 2, "epochs": 1, "temperature": 0.7, "kl_coef": 0.1}
+    return dataclasses.replace(quickstart_config().rl, **(fields | changes))

@@ -1,0 +1,54 @@
+import jax
+import numpy as np
+import pytest
+
+from rlaif_jax.losses.reward import bradley_terry_loss
+
+RNG = np.random.default_rng(0)
+A, B = RNG.normal(0, 2, (2, 16)).astype(np.float32)
+PROB = RNG.uniform(0, 1, 16).astype(np.float32)
+
+
+def loss(a, b, prob):
+    return bradley_terry_loss(a, b, prob)[0]
+
+
+def test_it_is_the_cross_entropy_of_the_label():
+    sigmoid = 1 / (1 + np.exp(np.float64(B) - A))
+    total, weight = bradley_terry_loss(A, B, PROB)
+    np.testing.assert_allclose(total, -(PROB * np.log(sigmoid) + (1 - PROB) * np.log(1 - sigmoid)).sum(), rtol=1e-5)
+    assert weight == 16
+
+
+@pytest.mark.parametrize(("label", "chosen", "rejected"), [(1, A, B), (0, B, A)])
+def test_a_hard_label_gives_minus_log_sigmoid_of_chosen_minus_rejected(label, chosen, rejected):
+    expected = np.log1p(np.exp(np.float64(rejected) - chosen)).sum()
+    np.testing.assert_allclose(loss(A, B, np.full(16, label, np.float32)), expected, rtol=1e-5)
+
+
+def test_the_gradient_is_zero_where_the_reward_says_what_the_label_says():
+    gradient = jax.grad(loss)(B + np.log(PROB / (1 - PROB)), B, PROB)
+    np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+def test_the_gradient_moves_the_difference_towards_the_label():
+    sigmoid = 1 / (1 + np.exp(B - A))
+    gradient_a, gradient_b = jax.grad(loss, (0, 1))(A, B, PROB)
+    np.testing.assert_allclose(gradient_a, sigmoid - PROB, atol=1e-5)
+    np.testing.assert_allclose(gradient_b, PROB - sigmoid, atol=1e-5)
+
+
+def test_swapping_the_responses_and_the_label_changes_nothing():
+    np.testing.assert_allclose(loss(A, B, PROB), loss(B, A, 1 - PROB), rtol=1e-5)
+
+
+def test_a_constant_added_to_both_rewards_changes_nothing():
+    np.testing.assert_allclose(loss(A + 3, B + 3, PROB), loss(A, B, PROB), rtol=1e-5)
+
+
+@pytest.mark.parametrize("difference", [1e3, -1e3])
+def test_large_differences_are_finite(difference):
+    a, b, prob = np.float32([difference] * 2), np.zeros(2, np.float32), np.float32([0, 1])
+    value, gradient = jax.value_and_grad(loss)(a, b, prob)
+    np.testing.assert_allclose(value, 1e3)
+    assert np.isfinite(gradient).all()

@@ -1,0 +1,115 @@
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from rlaif_jax.models.parameters import place_parameters
+from rlaif_jax.models.transformer import LanguageModel, ScalarModel
+from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.stages.reward_model import Comparisons, reward_loss
+from rlaif_jax.stages.rl import RLState, Rollout, update
+from rlaif_jax.stages.sft import sft_loss
+from rlaif_jax.training.state import init_state
+from rlaif_jax.training.step import train_step
+from tests.helpers import (
+    assert_trees_close,
+    eight_devices,
+    one_device,
+    random_params,
+    random_sequences,
+    rl_config,
+    tiny,
+)
+
+CONFIG = tiny(hidden_size=64, intermediate_size=256, vocab_size=512, head_dim=16, num_key_value_heads=4)
+LANGUAGE, SCALAR = LanguageModel(CONFIG), ScalarModel(CONFIG)
+SEQUENCES = random_sequences(0, 8)
+MASK = SEQUENCES.response_mask
+RNG = np.random.default_rng(0)
+# With an eps this large an update is close to linear in the gradient, and rounding stays rounding in later ones.
+OPTIMIZER = optax.adamw(0.01, eps=1.0)
+
+
+def loss_sft():
+    return LANGUAGE, functools.partial(sft_loss, model=LANGUAGE), SEQUENCES
+
+
+def loss_reward():
+    pairs = Comparisons(SEQUENCES, random_sequences(1, 8), RNG.uniform(0, 1, 8).astype(np.float32))
+    return SCALAR, functools.partial(reward_loss, model=SCALAR), pairs
+
+
+def noise(scale):
+    return (RNG.normal(0, scale, MASK.shape) * MASK).astype(np.float32)
+
+
+def assert_same_shardings(a, b):
+    jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim) or pytest.fail(f"{x.sharding} != {y}"), a, b)
+
+
+@pytest.mark.parametrize("make", [loss_sft, pytest.param(loss_reward, marks=pytest.mark.slow)])
+def test_a_train_step_is_the_same_on_eight_devices_and_on_one(make):
+    model, loss, batch = make()
+    step = jax.jit(functools.partial(train_step, loss=loss, optimizer=OPTIMIZER), donate_argnums=0)
+
+    def run(placement):
+        with jax.set_mesh(placement.mesh):
+            params = place_parameters(model, random_params(model), placement)
+            state = init_state(model, params, OPTIMIZER, placement)
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            new_state, metrics = step(state, shard_batch(batch, placement.mesh))
+        assert_same_shardings(new_state, shardings)
+        assert jax.tree.leaves(state.params)[0].is_deleted()  # donated
+        return jax.device_get((new_state, metrics))
+
+    eight, one = run(eight_devices()), run(one_device())
+    assert one[1]["grad_norm"] > 0.1
+    assert_trees_close(eight, one, rtol=1e-4, atol=1e-6)
+
+
+def test_ppo_updates_are_the_same_on_eight_devices_and_on_one():
+    config = rl_config()
+    rollout = Rollout(SEQUENCES, noise(1), noise(0.2) - 6.2 * MASK, noise(1), noise(1), noise(1))  # log(1/512) is -6.2
+    apply_update = functools.partial(
+        update,
+        model=LANGUAGE,
+        scalar_model=SCALAR,
+        config=config,
+        optimizer=OPTIMIZER,
+        value_optimizer=OPTIMIZER,
+    )
+    apply_update = jax.jit(apply_update, donate_argnums=0)
+
+    def run(placement):
+        with jax.set_mesh(placement.mesh):
+            policy, value = (
+                init_state(model, place_parameters(model, random_params(model), placement), OPTIMIZER, placement)
+                for model in (LANGUAGE, SCALAR)
+            )
+            state = RLState(policy.step, policy.params, policy.opt_state, value)
+            shardings = jax.tree.map(lambda x: x.sharding, state)
+            state, metrics = apply_update(state, shard_batch(rollout, placement.mesh), jax.random.key(0))
+        assert_same_shardings(state, shardings)
+        return jax.device_get((state, metrics))
+
+    eight, one = run(eight_devices()), run(one_device())
+    assert one[0].step == config.minibatches
+    assert one[1]["grad_norm"] > 0.1
+    assert one[1]["value/grad_norm"] > 0.1
+    assert_trees_close(eight, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", [LANGUAGE, SCALAR])
+def test_each_of_eight_devices_holds_an_eighth_of_parameters_and_moments(model):
+    placement = eight_devices()
+    state = init_state(model, place_parameters(model, random_params(model), placement), OPTIMIZER, placement)
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    total = sum(leaf.nbytes for leaf in leaves)
+    held = dict.fromkeys(placement.mesh.devices.flat, 0)
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert total > 3 * 4 * 150_000
+    assert max(held.values()) <= 1.1 * total / 8

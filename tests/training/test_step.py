@@ -1,0 +1,107 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlaif_jax.errors import UserError
+from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.stages.sft import sft_loss
+from rlaif_jax.training.optimizer import make_optimizer
+from rlaif_jax.training.sequences import Sequences
+from rlaif_jax.training.state import TrainState
+from rlaif_jax.training.step import train_step
+from tests.helpers import assert_trees_close, optimizer_config, random_params, random_sequences, tiny
+
+MODEL = LanguageModel(tiny())
+SGD = optax.sgd(0.1)
+SEQUENCES = random_sequences(0, 4)
+
+
+def state_of(params, optimizer):
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+@jax.jit
+def sft_step(batch):
+    state = state_of(random_params(MODEL), SGD)
+    return train_step(state, batch, functools.partial(sft_loss, model=MODEL), SGD)
+
+
+def test_fully_masked_rows_change_nothing():
+    def rows(order, real):
+        batch = jax.tree.map(lambda x: x[order], SEQUENCES)
+        return Sequences(
+            batch.prompts, batch.prompt_mask & real[:, None], batch.responses, batch.response_mask & real[:, None]
+        )
+
+    padded = sft_step(rows([0, 1, 2, 3], np.array([True, True, False, False])))
+    twice = sft_step(rows([0, 1, 0, 1], np.ones(4, bool)))  # the same mean over tokens as rows 0 and 1 alone
+    assert_trees_close(padded, twice, rtol=1e-4, atol=1e-6)
+    assert padded[1]["loss"] > 1
+    assert padded[0].step == 1
+
+
+def test_an_empty_batch_leaves_the_parameters_as_they_are():
+    empty = SEQUENCES.replace(response_mask=np.zeros_like(SEQUENCES.response_mask))
+    state, metrics = sft_step(empty)
+    jax.tree.map(np.testing.assert_array_equal, state.params, random_params(MODEL))
+    assert metrics["loss"] == 0
+
+
+def test_loss_gradient_and_metrics_are_sums_over_weight():
+    x, y = np.float32([[1, 2], [3, 4], [5, 7]]), np.float32([1, -1, 2])
+
+    def loss(params, batch):
+        error = batch[0] @ params["w"] - batch[1]
+        return jnp.sum(error**2), jnp.float32(len(error)), {"error": jnp.sum(error)}
+
+    w = np.float32([0.5, -0.5])
+    state, metrics = train_step(state_of({"w": w}, SGD), (x, y), loss, SGD)
+    error, gradient = x @ w - y, 2 * x.T @ (x @ w - y) / 3
+    np.testing.assert_allclose(state.params["w"], w - 0.1 * gradient, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], np.mean(error**2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["error"], error.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "rates"),
+    [
+        ("constant", 0, [1] * 9),
+        ("constant", 4, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", 0, [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]),
+        ("linear", 4, [0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", 0, (1 + np.cos(np.pi * np.arange(9) / 8)) / 2),
+        ("cosine", 4, [0, 0.25, 0.5, 0.75, *(1 + np.cos(np.pi * np.arange(5) / 4)) / 2]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, warmup_steps, rates):
+    config = optimizer_config(learning_rate=0.01, schedule=schedule, warmup_steps=warmup_steps, weight_decay=0.0)
+    optimizer = make_optimizer(config, 8)
+
+    @jax.jit
+    def updates(param):
+        def step(state, _):
+            update, state = optimizer.update(param, state, param)
+            return state, -update  # Adam under a constant gradient moves by the learning rate
+
+        return jax.lax.scan(step, optimizer.init(param), length=9)[1]
+
+    np.testing.assert_allclose(updates(jnp.float32(0.5)), 0.01 * np.array(rates), rtol=1e-4, atol=1e-8)
+
+
+def test_the_gradient_is_clipped_by_its_global_norm_before_adam_sees_it():
+    optimizer = make_optimizer(optimizer_config(max_grad_norm=0.5, b1=0.9), 8)
+    params = {"a": np.ones(3, np.float32), "b": np.ones(1, np.float32)}
+    gradient = jax.tree.map(lambda x: 4 * x, params)
+    _, state = jax.jit(lambda: optimizer.update(gradient, optimizer.init(params), params))()
+    moments = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose([*moments["a"], *moments["b"]], 0.1 * 0.5 / 2, rtol=1e-5)  # four equal entries
+
+
+def test_an_unknown_schedule_is_one_clear_line():
+    with pytest.raises(UserError, match=r"'cosin'.*constant, linear, cosine"):
+        make_optimizer(optimizer_config(schedule="cosin"), 8)
