@@ -31,10 +31,14 @@ def resolve(path: str) -> epath.Path:
     """
     if path.startswith("package:"):
         package = path.removeprefix("package:")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            spec = None
         if spec is None:
             raise UserError(f"the model package {package!r} is not installed: run bash launch/install.sh")
-        files = sorted(epath.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        folders = spec.submodule_search_locations or []
+        files = sorted(file for folder in folders for file in epath.Path(folder).glob("*.gguf"))
         if len(files) != 1:
             raise UserError(f"package {package!r} holds {len(files)} GGUF files, expected one")
         return files[0]
@@ -49,9 +53,11 @@ def open_gguf(path: str) -> gguf.GGUFReader:
     file = resolve(path)
     try:
         reader = gguf.GGUFReader(str(file))
+        architecture = reader.fields["general.architecture"].contents()
+        if architecture == "llama":
+            model_config(reader)
     except Exception as error:  # gguf raises whatever its parser stumbles over
-        raise UserError(f"{file} is not a readable GGUF file: {error}") from error
-    architecture = reader.fields["general.architecture"].contents()
+        raise UserError(f"{file} is not a readable GGUF file: {error!r}".replace("\n", " ")) from error
     if architecture != "llama":
         raise UserError(f"{file} holds a model of family {architecture!r}; only 'llama' is supported")
     return reader
