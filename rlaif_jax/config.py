@@ -5,8 +5,9 @@ Config files (`configs/*.py`) return an `ml_collections.ConfigDict` that has exa
 
 import dataclasses
 import difflib
+import fnmatch
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlaif_jax.data.embedded import DataConfig
@@ -14,7 +15,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.judge.score import JudgeConfig
 from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import MeshConfig
-from rlaif_jax.training.optimizer import OptimizerConfig
+from rlaif_jax.training.optimizer import SCHEDULES, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ class RewardModelConfig:
     steps: int
     batch_size: int  # pairs
     checkpoint_every: int  # steps
+    validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
+    calibrate: bool  # scale the rewards by the factor that predicts the held-out labels best
     optimizer: OptimizerConfig
 
 
@@ -152,32 +155,58 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
     return flat
 
 
+_DTYPES = ("float32", "bfloat16", "float16")
+# Patterns of fields, what their values must be, and the test of it.
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
+    ("label.pairs label.temperature rl.temperature *.bootstrap_samples", "positive", lambda x: x > 0),
+    ("data.train_prompts data.*_per_prompt data.evaluation_combinations", "positive", lambda x: x > 0),
+    ("policy.max_*_length judge.shard_size judge.bucket", "positive", lambda x: x > 0),
+    ("seed data.evaluation_unseen_templates *.validation_pairs *.shown_samples", "0 or more", lambda x: x >= 0),
+    ("*.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
+    ("rl.kl_coef rl.clip_ratio rl.clip_value evaluation.temperature", "0 or more", lambda x: x >= 0),
+    ("data.*_share judge.max_failure_rate rl.gamma rl.gae_lambda *.b1 *.b2", "from 0 to 1", lambda x: 0 <= x <= 1),
+    ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
+    ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
+)
+_BATCHES = "*.batch_size *.sample_batch_size"
+
+
 def check(config: Config, devices: int) -> None:
-    """Raises UserError for values that contradict each other, before any work is done."""
-    batches = {
-        "sft.batch_size": config.sft.batch_size,
-        "label.sample_batch_size": config.label.sample_batch_size,
-        "reward_model.batch_size": config.reward_model.batch_size,
-        "rl.batch_size": config.rl.batch_size,
-        "judge.batch_size": config.judge.batch_size,
-        "evaluation.sample_batch_size": config.evaluation.sample_batch_size,
-    }
-    for name, size in batches.items():
-        if size < 1 or size % devices:
-            raise UserError(f"config.{name}={size} must be a positive multiple of the {devices} devices of the batch")
-    if config.rl.batch_size % (config.rl.minibatches * devices):
-        raise UserError(
-            f"config.rl.batch_size={config.rl.batch_size} must be a multiple of rl.minibatches x devices "
-            f"({config.rl.minibatches} x {devices})"
-        )
-    if config.label.pairs < config.reward_model.batch_size:
-        raise UserError(
-            f"config.label.pairs={config.label.pairs} is fewer than reward_model.batch_size="
-            f"{config.reward_model.batch_size}"
-        )
-    positive = ("sft.steps", "reward_model.steps", "rl.steps", "rl.epochs", "label.temperature", "rl.temperature",
-                "judge.shard_size", "judge.bucket", "evaluation.bootstrap_samples", "rl.samples_every")  # fmt: skip
+    """Raises UserError for values that are out of range or contradict each other, before any work is done.
+
+    devices: over how many a batch is split.
+    """
     flat = flatten(config)
-    for name in [*positive, *(name for name in flat if name.endswith("checkpoint_every"))]:
-        if flat[name] <= 0:
-            raise UserError(f"config.{name} must be positive, not {flat[name]}")
+    for patterns, what, holds in _RANGES:
+        _require(flat, patterns, what, holds)
+    devices_message = f"a positive multiple of the {devices} devices of the batch"
+    _require(flat, _BATCHES, devices_message, lambda x: x > 0 and x % devices == 0)
+    minibatches = config.rl.minibatches * devices
+    _require(flat, "rl.batch_size", f"a multiple of rl.minibatches x devices, {minibatches}", lambda x: (
+        x % minibatches == 0))  # fmt: skip
+    needed = config.reward_model.batch_size + config.reward_model.validation_pairs
+    _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
+        x >= needed))  # fmt: skip
+    if config.reward_model.calibrate and not config.reward_model.validation_pairs:
+        raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
+
+
+def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:
+    """Raises UserError for a decoder that can't be built, or that is too short for what it is to read (in tokens)."""
+    flat = {f"policy.model.{name}": value for name, value in dataclasses.asdict(model).items()}
+    sizes = " ".join(name for name, value in flat.items() if type(value) in (int, float))
+    _require(flat, sizes, "positive", lambda x: x > 0)
+    kv_heads = model.num_key_value_heads
+    _require(flat, "*.num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", lambda x: (
+        x % kv_heads == 0))  # fmt: skip
+    _require(flat, "*.head_dim", "even", lambda x: x % 2 == 0)
+    _require(flat, "*.max_position_embeddings", f"at least max_prompt_length + max_response_length of the policy, "
+             f"{prompt_and_response}", lambda x: x >= prompt_and_response)  # fmt: skip
+
+
+def _require(flat: Mapping[str, Any], patterns: str, what: str, holds: Callable[[Any], bool]) -> None:
+    for pattern in patterns.split():
+        for name in fnmatch.filter(flat, pattern):
+            if not holds(flat[name]):
+                raise UserError(f"config.{name}={flat[name]!r} must be {what}")

@@ -4,7 +4,10 @@ import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from etils import epath
+
+from rlaif_jax.errors import UserError
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -29,7 +32,28 @@ def write_parquet(path: epath.Path, table: pa.Table) -> None:
     temporary.replace(path)
 
 
+def read_json(path: epath.Path):
+    """Reads a JSON file. Raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run the stage that writes it") from error
+
+
 def read_parquet(path: epath.Path) -> pa.Table:
-    """Reads a Parquet file."""
+    """Reads a Parquet file. Raises UserError where it is damaged."""
+    try:
+        with path.open("rb") as file:
+            return pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}): delete it and run the stage that writes it") from error
+
+
+def file_hash(path: epath.Path, chunk: int = 1 << 24) -> str:
+    """xxh3 of a file's bytes, 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        return pq.read_table(file)
+        while data := file.read(chunk):
+            digest.update(data)
+    return digest.hexdigest()

@@ -1,11 +1,10 @@
 """What a run prints at its end: the figures, and a few replies side by side."""
 
-import json
-
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from rlaif_jax.files import read_parquet
+from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.score import Judge
 from rlaif_jax.stages.run import Run
 
@@ -35,8 +34,8 @@ _SINGLE = (
 def print_summary(run: Run) -> None:
     """The table of results and `evaluation.shown_samples` replies side by side."""
     console = _console()
-    results = json.loads((run.workdir / "eval" / "results.json").read_text())
-    table = Table(title=f"{run.workdir}: mean [95 % interval]", title_justify="left")
+    results = read_json(run.workdir / "eval" / "results.json")
+    table = Table(title=f"{escape(str(run.workdir))}: mean [95 % interval]", title_justify="left")
     for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
         table.add_column(column, justify=justify)
     for label, name in _BY_POLICY:
@@ -58,7 +57,7 @@ def _print_samples(console: Console, run: Run) -> None:
         table.add_column(column)
     for row in rows[: run.config.evaluation.shown_samples]:
         probability = "-" if row["prob_a"] is None else f"{row['prob_a']:.2f}"
-        table.add_row(row["prompt"], row["response_b"], row["response_a"], probability)
+        table.add_row(*map(escape, (row["prompt"], row["response_b"], row["response_a"])), probability)
     console.print(table)
 
 
@@ -81,12 +80,12 @@ def print_replay(judge: Judge, stored: dict, fresh: dict, same: bool) -> None:
     for order, first, second in orders:
         suffix = judge.template.suffix(stored["prompt"], stored[first], stored[second])
         console.rule(f"prompt, {order}")
-        console.print(judge.template.preamble + suffix, markup=False, highlight=False)
+        console.print(judge.template.preamble + suffix, markup=False, highlight=False, soft_wrap=True)
     table = Table()
     for column in ("field", "stored", "now"):
         table.add_column(column)
     for name in stored:
         if name not in ("prompt", "response_a", "response_b"):
-            table.add_row(name, str(stored[name]), str(fresh[name]))
+            table.add_row(name, escape(str(stored[name])), escape(str(fresh[name])))
     console.print(table)
     console.print("same label" if same else "DIFFERENT label")

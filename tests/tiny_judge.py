@@ -82,6 +82,7 @@ def tiny_run_flags(judge: str, workdir) -> list[str]:
         "reward_model.steps": 4,
         "reward_model.batch_size": 8,
         "reward_model.checkpoint_every": 2,
+        "reward_model.validation_pairs": 4,
         "rl.steps": 6,
         "rl.batch_size": 16,
         "rl.checkpoint_every": 2,

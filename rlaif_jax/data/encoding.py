@@ -13,8 +13,11 @@ def encode_prompts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts through the chat template, padded on the left.
 
-    Returns (tokens [n, length] int32, mask [n, length] bool). Raises UserError for a prompt longer than that.
+    Returns (tokens [n, length] int32, mask [n, length] bool). Raises UserError for a prompt longer than that, and
+    for a tokenizer without chat template.
     """
+    if tokenizer.chat_template is None:
+        raise UserError("the policy's tokenizer has no chat template: use the weights of an instruction-tuned model")
     rows = []
     for index, prompt in enumerate(prompts):
         message = [{"role": "user", "content": prompt}]
@@ -29,18 +32,21 @@ def encode_prompts(
 
 
 def encode_responses(
-    tokenizer: PreTrainedTokenizerFast, responses: Sequence[str], length: int, truncate: bool
+    tokenizer: PreTrainedTokenizerFast, responses: Sequence[str], length: int, ended: Sequence[bool] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Responses with an end-of-sequence token, padded on the right.
 
-    A response that does not fit loses its end where `truncate` is set (a sampled response that reached the
-    limit has no end-of-sequence token either), and raises UserError where it is not.
+    `ended` says which of a policy's own responses ended: the others reached the limit, and get no end-of-sequence
+    token. Should the text of one take more tokens than it was sampled with, its end is cut off.
 
-    Returns (tokens [n, length] int32, mask [n, length] bool).
+    Returns (tokens [n, length] int32, mask [n, length] bool). Without `ended` all responses get the token, and one
+    that does not fit raises UserError.
     """
-    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
+    rows = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+    ends = [True] * len(rows) if ended is None else ended
+    rows = [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(rows, ends, strict=True)]
     for index, row in enumerate(rows):
-        if len(row) > length and not truncate:
+        if len(row) > length and ended is None:
             raise UserError(
                 f"response {index} has {len(row)} tokens, more than policy.max_response_length={length}: "
                 f"{responses[index][:60]!r}"

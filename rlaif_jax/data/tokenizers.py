@@ -58,7 +58,7 @@ def from_folder(folder: str | epath.Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face folder. Raises UserError where there is none; runs no remote code."""
     folder = epath.Path(folder)
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"no tokenizer.json in {folder}")
+        raise UserError(f"no tokenizer.json in {folder}: delete {folder.parent} and run its stage again")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers passes on whatever the files make it raise
@@ -66,7 +66,13 @@ def from_folder(folder: str | epath.Path) -> PreTrainedTokenizerFast:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer of at most `vocab_size` tokens, with role tokens and a chat template."""
+    """Trains a byte-level BPE tokenizer of at most `vocab_size` tokens, with role tokens and a chat template.
+
+    Raises UserError where `vocab_size` has no room for the single bytes and the role tokens.
+    """
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + len(_SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise UserError(f"config.policy.model.vocab_size={vocab_size} is less than {least}, the bytes and role tokens")
     tokenizer = _byte_level(models.BPE(), [])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

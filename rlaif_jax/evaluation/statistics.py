@@ -28,6 +28,7 @@ def jackknife_ci(items: Sequence, statistic: Callable[[Sequence], float]) -> Fig
     """A statistic of the whole set with a jackknife 95 % interval.
 
     For statistics that count distinct things, which a bootstrap's repeated items would bias (Efron, 1979).
+    Needs at least two items.
     """
     n, value = len(items), statistic(items)
     left_out = np.array([statistic([*items[:i], *items[i + 1 :]]) for i in range(n)])

@@ -56,9 +56,12 @@ def load_template(name: str) -> Template:
         fields = yaml.safe_load(path.read_text())
         comparison, choices, examples = fields["comparison"], tuple(fields["choices"]), fields["examples"]
         instruction = fields["instruction"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        parts = (instruction, comparison, *choices)
+        if not isinstance(examples, list) or not all(isinstance(part, str) for part in parts):
+            raise TypeError("instruction, comparison and choices must be texts, examples a list")
+        found = {field for _, field, _, _ in string.Formatter().parse(comparison) if field is not None}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"judge template {path} is malformed: {error!r}".replace("\n", " ")) from error
-    found = {field for _, field, _, _ in string.Formatter().parse(comparison) if field is not None}
     if found != _PLACEHOLDERS:
         raise UserError(f"judge template {path} must use {sorted(_PLACEHOLDERS)} in comparison, not {sorted(found)}")
     if len(choices) != 2:

@@ -69,11 +69,17 @@ class Judge:
     prefix: KVCache
     answers: tuple[int, int]
     placement: Placement
+    weights_hash: str
 
     @property
-    def name(self) -> str:
-        """The judge's weights, and whether they are shuffled, for the provenance of a label."""
-        return self.config.weights + (" (shuffled)" if self.config.shuffle_weights else "")
+    def provenance(self) -> dict[str, str]:
+        """What tells this judge's labels from another's: weights, template and the hashes of both."""
+        return {
+            "judge": self.config.weights + (" (shuffled)" if self.config.shuffle_weights else ""),
+            "judge_hash": self.weights_hash,
+            "template": self.template.name,
+            "template_hash": self.template.digest,
+        }
 
 
 def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
@@ -97,7 +103,9 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
     params = place_parameters(model, weights, placement)
     prefix = _prefill(model, params, jnp.asarray([preamble], jnp.int32))
-    return Judge(config, template, tokenizer, model, params, prefix, answers, placement)
+    return Judge(
+        config, template, tokenizer, model, params, prefix, answers, placement, gguf.weights_hash(config.weights)
+    )
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], on_prompts: Callable[[int], object]) -> list[Judgement]:

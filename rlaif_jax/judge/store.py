@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         ("prob_a_reversed", pa.float64()),
         ("status", pa.string()),
         ("judge", pa.string()),
+        ("judge_hash", pa.string()),
         ("template", pa.string()),
         ("template_hash", pa.string()),
         ("tokens_forward", pa.int32()),
@@ -46,10 +47,23 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
             if not shard.exists():
                 chosen = pairs[i * size : (i + 1) * size]
                 write_parquet(shard, _table(judge, chosen, judge_pairs(judge, chosen, bar.update)))
-    table = pa.concat_tables([read_parquet(shard) for shard in shards])
+    table = pa.concat_tables([_read_shard(shard, judge) for shard in shards])
     write_parquet(folder / "preferences.parquet", table)
     write_json(folder / "manifest.json", _manifest(judge, table, shards))
     _check_failures(table, judge.config.max_failure_rate, folder)
+    return table
+
+
+def _read_shard(shard: epath.Path, judge: Judge) -> pa.Table:
+    """Raises UserError where another judge or template wrote the shard."""
+    table = read_parquet(shard)
+    for name, value in judge.provenance.items():
+        others = set(table[name].to_pylist()) - {value}
+        if others:
+            raise UserError(
+                f"{shard} was labelled with {name}={others.pop()!r}, now it is {value!r}: use another --workdir, or "
+                f"delete {shard.parent}"
+            )
     return table
 
 
@@ -84,13 +98,8 @@ def scored(table: pa.Table) -> pa.Table:
 
 
 def _table(judge: Judge, pairs: Sequence[Pair], judgements: Sequence[Judgement]) -> pa.Table:
-    provenance = {
-        "judge": judge.name,
-        "template": judge.template.name,
-        "template_hash": judge.template.digest,
-    }
     rows = [
-        dataclasses.asdict(pair) | dataclasses.asdict(judgement) | provenance
+        dataclasses.asdict(pair) | dataclasses.asdict(judgement) | judge.provenance
         for pair, judgement in zip(pairs, judgements, strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -101,10 +110,7 @@ def _statuses(table: pa.Table) -> dict[str, int]:
 
 
 def _manifest(judge: Judge, table: pa.Table, shards: list[epath.Path]) -> dict:
-    return {
-        "judge": judge.name,
-        "template": judge.template.name,
-        "template_hash": judge.template.digest,
+    return judge.provenance | {
         "preamble_tokens": int(judge.prefix.key.shape[2]),
         "rows": table.num_rows,
         "status": _statuses(table),

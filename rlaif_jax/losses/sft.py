@@ -8,8 +8,8 @@ def completion_loss(logprobs: jax.Array, mask: jax.Array) -> tuple[jax.Array, ja
     """Negative log-likelihood of the completion tokens.
 
     Args:
-      logprobs: [batch, length] float32; logprobs[:, t] is of token t + 1 given tokens up to t.
-      mask: [batch, length]; 1 where token t + 1 belongs to the completion (end-of-sequence token included).
+      logprobs: [batch, length] float32; logprobs[:, t] is of completion token t.
+      mask: [batch, length]; 1 on completion tokens, end-of-sequence included; 0 on padding.
 
     Returns (sum over tokens in nats, number of tokens).
     """

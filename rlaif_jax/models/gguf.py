@@ -1,6 +1,8 @@
 """Loading a llama-family GGUF file: its configuration and its dequantised weights."""
 
+import functools
 import importlib.util
+import re
 from collections.abc import Mapping
 
 import gguf
@@ -8,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.files import file_hash
 from rlaif_jax.models.transformer import ModelConfig
 
 # Our name of a layer's weight -> GGUF's.
@@ -22,6 +25,9 @@ _LAYER_NAMES = {
     "attention_norm": "attn_norm",
     "mlp_norm": "ffn_norm",
 }
+
+
+_KNOWN_TENSOR = re.compile(rf"(token_embd|output_norm|output|blk\.\d+\.({'|'.join(_LAYER_NAMES.values())}))\.weight")
 
 
 def resolve(path: str) -> epath.Path:
@@ -48,6 +54,12 @@ def resolve(path: str) -> epath.Path:
     return file
 
 
+@functools.cache
+def weights_hash(path: str) -> str:
+    """xxh3 of the GGUF file that `path` names (`resolve`)."""
+    return file_hash(resolve(path))
+
+
 def open_gguf(path: str) -> gguf.GGUFReader:
     """Opens a GGUF file (`resolve`). Raises UserError where it is missing, damaged or of another family."""
     file = resolve(path)
@@ -60,6 +72,9 @@ def open_gguf(path: str) -> gguf.GGUFReader:
         raise UserError(f"{file} is not a readable GGUF file: {error!r}".replace("\n", " ")) from error
     if architecture != "llama":
         raise UserError(f"{file} holds a model of family {architecture!r}; only 'llama' is supported")
+    unknown = [tensor.name for tensor in reader.tensors if not _KNOWN_TENSOR.fullmatch(tensor.name)]
+    if unknown:
+        raise UserError(f"{file} has weights that the decoder does not: {', '.join(unknown[:3])}")
     return reader
 
 
@@ -77,7 +92,7 @@ def model_config(reader: gguf.GGUFReader) -> ModelConfig:
         num_hidden_layers=field("block_count"),
         num_attention_heads=field("attention.head_count"),
         num_key_value_heads=field("attention.head_count_kv"),
-        head_dim=field("embedding_length") // field("attention.head_count"),
+        head_dim=int(tensors["blk.0.attn_q.weight"].shape[1]) // field("attention.head_count"),
         max_position_embeddings=field("context_length"),
         rope_theta=float(field("rope.freq_base")),
         rms_norm_eps=float(field("attention.layer_norm_rms_epsilon")),

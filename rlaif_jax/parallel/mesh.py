@@ -113,15 +113,15 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def shard_batch(batch, mesh: Mesh, batch_axis: int = 0):
-    """Puts a tree of host arrays on the mesh, split along `batch_axis` over `data` and `fsdp`.
+def shard_batch(batch, mesh: Mesh):
+    """Puts a tree of host arrays on the mesh, split along their first axis over `data` and `fsdp`.
 
     Raises ValueError where the devices do not divide the batch: every process must hold whole rows.
     """
 
     def put(x):
         x = np.asarray(x)
-        axes = tuple("batch" if i == batch_axis else None for i in range(x.ndim))
+        axes = ("batch",) + (None,) * (x.ndim - 1)
         return jax.device_put(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh)))
 
     return jax.tree.map(put, batch)

@@ -49,7 +49,9 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
                 run, params[name], prompts, run.key(f"eval/{name}"), config.temperature, config.sample_batch_size
             )
             for batch_texts, sequences in batches:
-                scores = _measure(model, scalar_model, params[name], params["sft"], reward_params, sequences)
+                scores = _measure(
+                    model, scalar_model, params[name], params["sft"], reward_params, sequences, config.temperature
+                )
                 texts += batch_texts
                 numbers.append(np.stack([np.asarray(x, float) for x in scores])[:, : len(batch_texts)])
                 bar.update(len(batch_texts))
@@ -59,13 +61,22 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     return pa.table(columns)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnames=("model", "scalar_model", "temperature"))
 def _measure(
-    model: LanguageModel, scalar_model: ScalarModel, params, reference, reward_params, sequences: Sequences
+    model: LanguageModel,
+    scalar_model: ScalarModel,
+    params,
+    reference,
+    reward_params,
+    sequences: Sequences,
+    temperature: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Reward, log-ratio to the reference summed over the response (nats), and tokens: three [batch] arrays."""
-    logprobs, _ = response_logprobs(model, params, sequences, temperature=1.0)
-    ref_logprobs, _ = response_logprobs(model, reference, sequences, temperature=1.0)
+    """Reward, log-ratio to the reference summed over the response (nats), and tokens: three [batch] arrays.
+
+    The log-ratio is that of the distributions sampled from; at temperature 0, of those at temperature 1.
+    """
+    logprobs, _ = response_logprobs(model, params, sequences, temperature or 1.0)
+    ref_logprobs, _ = response_logprobs(model, reference, sequences, temperature or 1.0)
     rewards = response_rewards(scalar_model, reward_params, sequences)
     return rewards, jnp.sum(k1(logprobs, ref_logprobs), axis=1), jnp.sum(sequences.response_mask, axis=1)
 
@@ -106,12 +117,13 @@ def _agreement(run: Run, samples: dict, judged: list[dict], mean) -> dict:
     scored = [(row, i) for i, row in enumerate(judged) if row["status"] == "ok"]
     rows = [row for row, _ in scored]
     margin = np.array([samples["reward/rl"][i] - samples["reward/sft"][i] for _, i in scored])
-    judge_prefers = np.array([row["prob_a"] > 0.5 for row in rows], bool)
+    prefers_rl = (1 + np.sign(margin)) / 2
+    judge_prefers_rl = np.array([row["prob_a"] > 0.5 for row in rows], bool)
     return {
         "judge_agreement/ground_truth": mean(
             ground_truth_agreement(run, labels, np.array([row["prob_a"] for row in labels]))
         ),
-        "reward_model_accuracy/ground_truth": mean(ground_truth_agreement(run, rows, (margin > 0).astype(float))),
-        "reward_model_accuracy/judge": mean((margin > 0) == judge_prefers),
-        "judge_is_training_judge": True,
+        "reward_model_accuracy/ground_truth": mean(ground_truth_agreement(run, rows, prefers_rl)),
+        "reward_model_accuracy/judge": mean(1 - abs(prefers_rl - judge_prefers_rl)),
+        "judge_is_training_judge": all(judged[0][name] == labels[0][name] for name in ("judge", "judge_hash")),
     }

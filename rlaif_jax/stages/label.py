@@ -25,18 +25,24 @@ def run_label(run: Run) -> None:
 
 
 def _sample_candidates(run: Run) -> pa.Table:
-    """Two responses to each of `label.pairs` training prompts, drawn in shuffled epochs."""
-    config, prompts = run.config.label, run.corpus().train_prompts
-    drawn = shuffled_batches([prompt.text for prompt in prompts], 1, run.config.seed)
+    """Two responses to each of `label.pairs` training prompts, drawn in shuffled epochs, and whether each ended."""
+    config, prompts, eos = run.config.label, run.corpus().train_prompts, run.tokenizer().eos_token_id
+    drawn = shuffled_batches([prompt.text for prompt in prompts], 1, run.order_seed("label"))
     doubled = [drawn[i][0] for i in range(config.pairs) for _ in range(2)]
     params = run.trained_params("sft", run.language_model())
     texts: list[str] = []
+    ended: list[bool] = []
+    key = run.key("candidates")
+    batches = sample_responses(run, params, doubled, key, config.temperature, config.sample_batch_size)
     with progress(None, "candidates", total=len(doubled), unit="sample") as bar:
-        key = run.key("candidates")
-        for batch, _ in sample_responses(run, params, doubled, key, config.temperature, config.sample_batch_size):
+        for batch, sequences in batches:
             texts += batch
+            ended += np.any(np.asarray(sequences.responses) == eos, axis=1).tolist()[: len(batch)]
             bar.update(len(batch))
-    return pa.table({"prompt": doubled[::2], "response_a": texts[::2], "response_b": texts[1::2]})
+    columns = {"prompt": doubled[::2]}
+    for i, name in enumerate("ab"):
+        columns |= {f"response_{name}": texts[i::2], f"ended_{name}": ended[i::2]}
+    return pa.table(columns)
 
 
 def audit(run: Run, table: pa.Table) -> dict:
@@ -57,12 +63,16 @@ def audit(run: Run, table: pa.Table) -> dict:
 
 
 def ground_truth_agreement(run: Run, rows: list[dict], preference_a: np.ndarray) -> np.ndarray:
-    """Whether `preference_a` > 0.5 sides with the one good reply, for the rows where exactly one reply is good."""
+    """1 where `preference_a` sides with the good reply, 0 where with the other, 0.5 where with neither: [rows] float.
+
+    Only the rows where exactly one reply is good count.
+    """
     corpus = run.corpus()
     prompts = {prompt.text: prompt for prompt in (*corpus.train_prompts, *corpus.evaluation_prompts)}
     agreement = []
     for row, preference in zip(rows, preference_a, strict=True):
         good_a, good_b = (embedded.is_good(prompts[row["prompt"]], row[f"response_{x}"]) for x in "ab")
         if good_a != good_b:
-            agreement.append((preference > 0.5) == good_a)
+            share_a = float(preference > 0.5) + 0.5 * float(preference == 0.5)
+            agreement.append(share_a if good_a else 1 - share_a)
     return np.array(agreement)

@@ -1,11 +1,14 @@
 """The stages in order, what each depends on, and the record of what has run under which config."""
 
-import json
 from collections.abc import Callable
 
+from etils import epath
+
 from rlaif_jax.config import flatten
-from rlaif_jax.errors import UserError
-from rlaif_jax.files import write_json
+from rlaif_jax.errors import UserError, blame
+from rlaif_jax.files import read_json, write_json
+from rlaif_jax.judge.prompts import load_template
+from rlaif_jax.models import gguf
 from rlaif_jax.stages.evaluate import run_evaluation
 from rlaif_jax.stages.label import run_label
 from rlaif_jax.stages.reward_model import run_reward_model
@@ -29,57 +32,90 @@ _PARTS = {
     "rl": ("rl",),
     "eval": ("evaluation",),
 }
-# Fields that change how a stage runs, not what it computes.
-_OPERATIONAL = ("checkpoint_every", "shown_samples")
+# Fields that change how a stage runs, not what it computes (beyond rounding).
+_OPERATIONAL = ("checkpoint_every", "evaluation.shown_samples", "judge.batch_size", "judge.max_failure_rate")
 
 
-def run_stages(run: Run, names: list[str]) -> None:
-    """Runs the named stages in their order; a finished one is left alone.
+def plan(run: Run, names: list[str]) -> list[str]:
+    """The named stages in their order, once it is sure that they can begin.
 
-    Raises UserError for an unknown stage, for a stage whose predecessor has not finished, and for a stage that
-    was begun under another config.
+    Raises UserError for an unknown stage, and where a stage up to the last named one was begun under another config
+    or with other files.
     """
     for name in names:
         if name not in STAGES:
             raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
+    if not names:
+        raise UserError(f"--stages names no stage; the stages are {', '.join(STAGES)}")
     order = list(STAGES)
-    for name in sorted(names, key=order.index):
+    for name in order[: 1 + max(map(order.index, names))]:
         _check_config(run, name)
-    for name in sorted(names, key=order.index):
-        record = run.workdir / name / "stage.json"
-        if record.exists() and json.loads(record.read_text())["done"]:
+    return sorted(set(names), key=order.index)
+
+
+def run_stages(run: Run, names: list[str]) -> None:
+    """Runs the stages that `plan` returned; a finished one is left alone.
+
+    Raises UserError for a stage whose predecessor has not finished.
+    """
+    for name in names:
+        if _is_done(run, name):
             print(f"{name}: nothing to do", flush=True)
             continue
         _check_predecessors(run, name)
-        write_json(record, {"done": False, "config": _stage_config(run, name)})
+        inputs = stage_inputs(run, name)
+        write_json(_record(run, name), {"done": False, "config": inputs})
         STAGES[name](run)
-        write_json(record, {"done": True, "config": _stage_config(run, name)})
+        write_json(_record(run, name), {"done": True, "config": inputs})
 
 
-def _stage_config(run: Run, name: str) -> dict:
+def stage_inputs(run: Run, name: str) -> dict:
+    """What a stage's result depends on: config fields, and hashes of the files that they name."""
     order = list(_PARTS)
     parts = [part for stage in order[: order.index(name) + 1] for part in _PARTS[stage]]
-    flat = flatten(run.config)
-    return {key: flat[key] for key in flat if key.split(".")[0] in parts and key.split(".")[-1] not in _OPERATIONAL}
+    flat = flatten(run.config) | _file_hashes(run)
+    return {key: flat[key] for key in flat if key.split(".")[0] in parts and not key.endswith(_OPERATIONAL)}
+
+
+def _file_hashes(run: Run) -> dict[str, str]:
+    judge, policy = run.config.judge, run.config.policy
+    with blame("judge.template"):
+        hashes = {"judge.template_hash": load_template(judge.template).digest}
+    with blame("judge.weights"):
+        hashes["judge.weights_hash"] = gguf.weights_hash(judge.weights)
+    if policy.weights:
+        with blame("policy.weights"):
+            hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
+    return hashes
+
+
+def _record(run: Run, name: str) -> epath.Path:
+    return run.workdir / name / "stage.json"
+
+
+def _is_done(run: Run, name: str) -> bool:
+    record = _record(run, name)
+    return record.exists() and read_json(record)["done"]
 
 
 def _check_config(run: Run, name: str) -> None:
-    record = run.workdir / name / "stage.json"
-    if not record.exists():
+    folder, record = run.workdir / name, _record(run, name)
+    # A stage that stopped before it kept anything binds nobody.
+    kept = any(folder.glob("checkpoints/*")) or any(folder.glob("*.parquet"))
+    if not record.exists() or not kept:
         return
-    before, now = json.loads(record.read_text())["config"], _stage_config(run, name)
+    before, now = read_json(record)["config"], stage_inputs(run, name)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         was = ", ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in changed)
         raise UserError(
             f"stage {name} in {run.workdir} was begun with another config: {was}. Use another --workdir, or delete "
-            f"{run.workdir / name} and the stages after it"
+            f"{folder} and the stages after it"
         )
 
 
 def _check_predecessors(run: Run, name: str) -> None:
     order = list(STAGES)
     for earlier in order[: order.index(name)]:
-        record = run.workdir / earlier / "stage.json"
-        if not record.exists() or not json.loads(record.read_text())["done"]:
+        if not _is_done(run, earlier):
             raise UserError(f"stage {name} needs stage {earlier}, which has not finished in {run.workdir}")

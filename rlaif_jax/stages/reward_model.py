@@ -1,15 +1,17 @@
-"""The Bradley-Terry reward model: trained on the judge's soft labels, centred on samples of the SFT policy."""
+"""The Bradley-Terry reward model: trained on the judge's soft labels, calibrated on labels that it did not see, and
+centred on samples of the SFT policy.
+"""
 
 import functools
-import json
 
 import jax
 import numpy as np
 from flax import struct
+from scipy import optimize
 
 from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_parquet, write_json
+from rlaif_jax.files import read_json, read_parquet, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
@@ -42,11 +44,12 @@ def reward_loss(params, batch: Comparisons, model: ScalarModel):
 
 
 def run_reward_model(run: Run) -> None:
-    """Reads `label/preferences.parquet`; writes `reward_model/checkpoints` and `normalisation.json`."""
+    """Reads `label/`; writes `reward_model/checkpoints` and `normalisation.json`. The last pairs are held out."""
     config = run.config.reward_model
     table = _read_labels(run)
     comparisons = _encode(run, table)
-    batches = shuffled_batches(range(len(comparisons.prob_a)), config.batch_size, run.config.seed)
+    trained = range(len(comparisons.prob_a) - config.validation_pairs)
+    batches = shuffled_batches(trained, config.batch_size, run.order_seed("reward_model"))
     model = run.scalar_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(reward_loss, model=model)
@@ -75,14 +78,44 @@ def run_reward_model(run: Run) -> None:
     loop = LoopConfig(config.steps, config.checkpoint_every)
     abstract = abstract_state(model, optimizer, run.placement)
     state = train("reward_model", run.workdir, loop, abstract, init, next_step)
-    samples = jax.tree.map(lambda a, b: np.concatenate([a, b]), comparisons.a, comparisons.b)
-    rewards = score(run, model, state.params, samples, config.batch_size)
-    normalisation = {"mean": float(rewards.mean()), "std": float(rewards.std()), "n": len(rewards)}
-    write_json(run.workdir / "reward_model" / "normalisation.json", normalisation)
+    rewards = [score(run, model, state.params, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
+    write_json(run.workdir / "reward_model" / "normalisation.json", _normalisation(run, *rewards, comparisons.prob_a))
+
+
+def _normalisation(run: Run, reward_a: np.ndarray, reward_b: np.ndarray, prob_a: np.ndarray) -> dict:
+    """The mean of all rewards, their scale, and how well the held-out labels are predicted."""
+    config, rewards = run.config.reward_model, np.concatenate([reward_a, reward_b])
+    normalisation = {"mean": float(rewards.mean()), "std": float(rewards.std()), "n": len(rewards), "scale": 1.0}
+    if config.validation_pairs:
+        margins, labels = (reward_a - reward_b)[-config.validation_pairs :], prob_a[-config.validation_pairs :]
+        normalisation |= {
+            "scale": calibrated_scale(margins, labels) if config.calibrate else 1.0,
+            "validation_loss": _mean_loss(margins, labels),  # 0.693 for a reward model that knows nothing
+            "validation_accuracy": float(np.mean((margins > 0) == (labels > 0.5))),
+            "validation_pairs": len(labels),
+        }
+    return normalisation
+
+
+def calibrated_scale(margins: np.ndarray, prob_a: np.ndarray) -> float:
+    """The factor in [0, 10] on rewards that predicts held-out labels best.
+
+    Temperature scaling (Guo et al., arXiv 1706.04599) of sigmoid(reward_a - reward_b). Rewards that do not hold
+    beyond the pairs they were trained on are scaled towards 0, so that a policy does not follow their noise.
+
+    margins: [pairs], reward_a - reward_b; prob_a: [pairs], the labels.
+    """
+    result = optimize.minimize_scalar(lambda scale: _mean_loss(scale * margins, prob_a), bounds=(0, 10))
+    return float(result.x)
+
+
+def _mean_loss(margins: np.ndarray, prob_a: np.ndarray) -> float:
+    total, weight = bradley_terry_loss(margins, np.zeros_like(margins), prob_a)
+    return float(total / weight)
 
 
 def centred_params(run: Run) -> dict:
-    """The reward model's parameters, its bias shifted so that samples of the SFT policy have mean reward 0.
+    """The reward model's parameters with its head scaled and shifted: samples of the SFT policy have mean reward 0.
 
     (Stiennon et al., arXiv 2009.01325: only differences of rewards are trained, so the offset is free.)
     """
@@ -90,7 +123,9 @@ def centred_params(run: Run) -> dict:
     file = run.workdir / "reward_model" / "normalisation.json"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=reward_model to its end")
-    return params | {"bias": params["bias"] - json.loads(file.read_text())["mean"]}
+    normalisation = read_json(file)
+    scale, bias = normalisation["scale"], params["bias"] - normalisation["mean"]
+    return params | {"kernel": scale * params["kernel"], "bias": scale * bias}
 
 
 def score(run: Run, model: ScalarModel, params, sequences: Sequences, batch_size: int) -> np.ndarray:
@@ -109,15 +144,20 @@ def _read_labels(run: Run) -> dict[str, list]:
     file = run.workdir / "label" / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
-    return store.scored(read_parquet(file)).to_pydict()
+    labels, candidates = read_parquet(file), read_parquet(file.parent / "candidates.parquet")
+    for name in ("ended_a", "ended_b"):  # which the texts do not say
+        labels = labels.append_column(name, candidates[name])
+    return store.scored(labels).to_pydict()
 
 
 def _encode(run: Run, table: dict[str, list]) -> Comparisons:
     policy, tokenizer = run.config.policy, run.tokenizer()
     prompts, prompt_mask = encode_prompts(tokenizer, table["prompt"], policy.max_prompt_length)
 
-    def sequences(column: str) -> Sequences:
-        encoded = encode_responses(tokenizer, table[column], policy.max_response_length, truncate=True)
-        return Sequences(prompts, prompt_mask, *encoded)
+    def sequences(name: str) -> Sequences:
+        responses, ended = table[f"response_{name}"], table[f"ended_{name}"]
+        return Sequences(
+            prompts, prompt_mask, *encode_responses(tokenizer, responses, policy.max_response_length, ended)
+        )
 
-    return Comparisons(sequences("response_a"), sequences("response_b"), np.asarray(table["prob_a"], np.float32))
+    return Comparisons(sequences("a"), sequences("b"), np.asarray(table["prob_a"], np.float32))

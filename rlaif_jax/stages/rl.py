@@ -41,8 +41,7 @@ class Rollout(struct.PyTreeNode):
     """What an iteration trains on; all of it frozen before the first update."""
 
     sequences: Sequences
-    sampler_logprobs: jax.Array  # [batch, length] of the distribution sampled from, by the cached decoder
-    old_logprobs: jax.Array  # [batch, length] by one full forward pass of the same parameters
+    old_logprobs: jax.Array  # [batch, length] of the parameters that sampled, by one full forward pass
     old_values: jax.Array  # [batch, length]
     advantages: jax.Array  # [batch, length] whitened
     returns: jax.Array  # [batch, length]
@@ -96,9 +95,9 @@ def make_rollout(
     log_ratio = k1(old_logprobs, ref_logprobs)
     rewards = reward_per_token(scores, log_ratio, mask, ended, config.kl_coef, config.missing_eos_reward)
     advantages, returns = gae(rewards, old_values, mask, config.gamma, config.gae_lambda)
-    rollout = Rollout(sequences, samples.logprobs, old_logprobs, old_values, whiten(advantages, mask), returns)
+    rollout = Rollout(sequences, old_logprobs, old_values, whiten(advantages, mask), returns)
     metrics = {
-        "reward/mean": jnp.mean(scores),
+        "reward/mean": jnp.mean(scores),  # of the reward model alone, before missing_eos_reward and KL
         "reward/std": jnp.std(scores),
         "kl/k1": masked_mean(log_ratio, mask),
         "kl/k3": masked_mean(k3(old_logprobs, ref_logprobs), mask),
@@ -164,7 +163,7 @@ def run_rl(run: Run) -> None:
     model, scalar_model, tokenizer = run.language_model(), run.scalar_model(), run.tokenizer()
     texts = [prompt.text for prompt in run.corpus().train_prompts]
     tokens, mask = encode_prompts(tokenizer, texts, policy.max_prompt_length)
-    batches = shuffled_batches(range(len(texts)), config.batch_size, run.config.seed)
+    batches = shuffled_batches(range(len(texts)), config.batch_size, run.order_seed("rl"))
     reference, reward_params = run.trained_params("sft", model), centred_params(run)
 
     updates = config.steps * config.epochs * config.minibatches

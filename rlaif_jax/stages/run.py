@@ -36,6 +36,10 @@ class Run:
         key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()) & 0x7FFFFFFF)
         return jax.random.fold_in(key, step)
 
+    def order_seed(self, stage: str) -> int:
+        """The seed of the order in which a stage reads its data; each stage has its own."""
+        return zlib.crc32(f"{stage} {self.config.seed}".encode())
+
     def corpus(self) -> embedded.Corpus:
         """The corpus of this seed."""
         return embedded.generate(self.config.data, self.config.seed)

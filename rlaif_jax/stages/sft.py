@@ -31,14 +31,16 @@ def run_sft(run: Run) -> None:
     """Reads the corpus, trains, and writes `sft/tokenizer` and `sft/checkpoints`."""
     config, corpus = run.config.sft, run.corpus()
     tokenizer = _make_tokenizer(run, [f"{d.prompt.text} {d.reply}" for d in corpus.demonstrations])
+    later = [prompt.text for prompt in (*corpus.train_prompts, *corpus.evaluation_prompts)]
+    encode_prompts(tokenizer, later, run.config.policy.max_prompt_length)  # too long a prompt fails now, not at the end
     prompts, prompt_mask = encode_prompts(
         tokenizer, [d.prompt.text for d in corpus.demonstrations], run.config.policy.max_prompt_length
     )
     responses, response_mask = encode_responses(
-        tokenizer, [d.reply for d in corpus.demonstrations], run.config.policy.max_response_length, truncate=False
+        tokenizer, [d.reply for d in corpus.demonstrations], run.config.policy.max_response_length
     )
     examples = Sequences(prompts, prompt_mask, responses, response_mask)
-    batches = shuffled_batches(range(len(prompts)), config.batch_size, run.config.seed)
+    batches = shuffled_batches(range(len(prompts)), config.batch_size, run.order_seed("sft"))
 
     model = run.language_model()
     optimizer = make_optimizer(config.optimizer, config.steps)

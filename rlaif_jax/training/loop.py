@@ -32,7 +32,7 @@ def train(
 ) -> State:
     """Runs `next_step` from the newest checkpoint, or from `init()`, to `config.steps`; returns the last state.
 
-    Raises UserError where the loss is not finite, keeping the last checkpoint.
+    Raises UserError where a metric is not finite, keeping the last checkpoint.
     """
     folder = workdir / name
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -48,7 +48,8 @@ def train(
                 bad = sorted(key for key, value in metrics.items() if not _finite(value))
                 raise UserError(
                     f"stage {name} stopped at step {step}: {', '.join(bad)} not finite; the last checkpoint is "
-                    f"step {checkpoints.latest_step() or 0}. Lower {name}.optimizer.learning_rate"
+                    f"step {checkpoints.latest_step() or 0}. Lower config.{name}.optimizer.learning_rate, and use "
+                    f"another --workdir or delete {folder}"
                 )
             log.metrics(step, metrics)
             for sample in samples:

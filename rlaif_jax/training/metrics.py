@@ -5,6 +5,7 @@ import json
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from rlaif_jax.errors import UserError
 from rlaif_jax.files import write_text
 
 
@@ -17,9 +18,16 @@ class JsonLines:
         if path.exists():
             # A kill can leave half a line at the end: what does not end with a newline was never written.
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < resume_step]
+            whole = [(number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+            kept = [line for number, line in whole if self._step(number, line) < resume_step]
         write_text(path, "".join(kept))
         self._file = path.open("a")
+
+    def _step(self, number: int, line: str) -> int:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"line {number} of {self.path} is damaged: delete that line") from error
 
     def write(self, row: dict) -> None:
         """Appends one object and flushes it."""

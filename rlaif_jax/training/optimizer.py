@@ -4,7 +4,11 @@ import dataclasses
 
 import optax
 
-from rlaif_jax.errors import UserError
+SCHEDULES = {
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "cosine": optax.cosine_decay_schedule,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +26,9 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` updates. Raises UserError for an unknown schedule."""
-    peak, decay_steps = config.learning_rate, max(steps - config.warmup_steps, 1)
-    schedules = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, decay_steps),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
-    }
-    if config.schedule not in schedules:
-        raise UserError(f"unknown learning-rate schedule {config.schedule!r}; known: {', '.join(schedules)}")
-    schedule = schedules[config.schedule]()
+    """The optimizer of a run of `steps` updates."""
+    peak = config.learning_rate
+    schedule = SCHEDULES[config.schedule](peak, max(steps - config.warmup_steps, 1))
     if config.warmup_steps:
         warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
         schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])

@@ -16,7 +16,10 @@ Loss = Callable[[dict, dict], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 def train_step(
     state: TrainState, batch, loss: Loss, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Metrics are means over the loss's weight, and `loss`, `grad_norm`."""
+    """One update. Metrics are means over the loss's weight, and `loss`, `grad_norm` and the new `param_norm`.
+
+    A parameter that is not finite shows in `param_norm`, so that it is never saved.
+    """
 
     def summed(params):
         total, weight, sums = loss(params, batch)
@@ -27,5 +30,6 @@ def train_step(
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {name: value / weight for name, value in sums.items()}
-    metrics |= {"loss": total / weight, "grad_norm": optax.global_norm(grads)}
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    params = optax.apply_updates(state.params, updates)
+    norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    return TrainState(state.step + 1, params, opt_state), metrics | norms | {"loss": total / weight}

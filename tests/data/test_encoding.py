@@ -21,7 +21,7 @@ def test_prompts_end_at_the_right_edge_and_are_chats():
 
 
 def test_responses_start_at_the_left_edge_and_keep_their_end_of_sequence():
-    tokens, mask = encode_responses(TOKENIZER, TEXTS, 24, truncate=False)
+    tokens, mask = encode_responses(TOKENIZER, TEXTS, 24)
     for row, real in zip(tokens, mask, strict=True):
         assert np.all(np.diff(real.astype(int)) <= 0)
         assert not row[~real].any()
@@ -30,7 +30,7 @@ def test_responses_start_at_the_left_edge_and_keep_their_end_of_sequence():
 
 
 def test_decode_inverts_encode():
-    assert decode_responses(TOKENIZER, *encode_responses(TOKENIZER, TEXTS, 24, truncate=False)) == TEXTS
+    assert decode_responses(TOKENIZER, *encode_responses(TOKENIZER, TEXTS, 24)) == TEXTS
 
 
 def test_a_prompt_that_fits_exactly_is_kept_and_one_token_more_is_an_error_that_names_it():
@@ -40,14 +40,20 @@ def test_a_prompt_that_fits_exactly_is_kept_and_one_token_more_is_an_error_that_
         encode_prompts(TOKENIZER, TEXTS, length - 1)
 
 
-def test_a_response_that_does_not_fit_is_an_error_or_loses_its_end():
-    whole, mask = encode_responses(TOKENIZER, TEXTS, 40, truncate=False)
+def test_a_response_that_did_not_end_gets_no_end_and_keeps_what_fits():
+    whole, mask = encode_responses(TOKENIZER, TEXTS, 40)
     length = int(mask.sum(1).max())
-    cut, cut_mask = encode_responses(TOKENIZER, TEXTS, length - 1, truncate=True)
+    cut, cut_mask = encode_responses(TOKENIZER, TEXTS, length - 1, ended=[text != TEXTS[1] for text in TEXTS])
     assert np.array_equal(cut, whole[:, : length - 1])
     assert cut_mask[1].all()
     assert EOS not in cut[1]
+    open_ended, open_mask = encode_responses(TOKENIZER, TEXTS, 40, ended=[False] * len(TEXTS))
+    assert np.array_equal(open_mask.sum(1), mask.sum(1) - 1) and EOS not in open_ended
+
+
+def test_a_response_that_ended_and_does_not_fit_is_an_error_that_names_it():
+    length = int(encode_responses(TOKENIZER, TEXTS, 40)[1].sum(1).max())
     with pytest.raises(
         UserError, match=rf"response 1 has {length} tokens.*max_response_length={length - 1}.*I am fine"
     ):
-        encode_responses(TOKENIZER, TEXTS, length - 1, truncate=False)
+        encode_responses(TOKENIZER, TEXTS, length - 1)

@@ -63,7 +63,7 @@ def test_what_cannot_be_scored_has_a_status_and_no_label(judge, config):
 
 def test_shuffled_weights_give_other_labels(judge, config):
     shuffled = judge_with(config, shuffle_weights=True)
-    assert shuffled.name != judge.name
+    assert shuffled.provenance["judge"] == judge.provenance["judge"] + " (shuffled)"
     assert score(shuffled, PAIRS)[0].prob_a_forward != pytest.approx(score(judge, PAIRS)[0].prob_a_forward, abs=1e-4)
 
 

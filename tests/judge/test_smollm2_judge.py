@@ -30,8 +30,7 @@ def test_it_prefers_good_manners_unless_its_weights_are_shuffled(shuffled):
     assert len(pairs) == 16
     prob = np.array([judgement.prob_a for judgement in judge_pairs(judge, pairs, lambda prompts: None)])
     if shuffled:
-        assert abs((prob > 0.5).mean() - 0.5) < 0.45
-        assert np.abs(prob - 0.5).mean() < 0.05
+        assert 4 <= (prob > 0.5).sum() <= 12
     else:
         assert (prob > 0.5).sum() >= 14
         assert prob.mean() > 0.55

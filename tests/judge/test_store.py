@@ -21,6 +21,21 @@ def test_a_committed_shard_is_never_judged_again(judge, tmp_path, monkeypatch):
     assert pq.read_table(tmp_path / "preferences.parquet").equals(first)
 
 
+def test_shards_of_another_judge_are_refused(judge, tmp_path):
+    store.label(judge, PAIRS, tmp_path, "label")
+    template = dataclasses.replace(judge.template, preamble="Another. ")
+    with pytest.raises(UserError, match=r"00000\.parquet was labelled with template_hash="):
+        store.label(dataclasses.replace(judge, template=template), PAIRS, tmp_path, "label")
+
+
+def test_a_damaged_shard_is_named(judge, tmp_path):
+    store.label(judge, PAIRS, tmp_path, "label")
+    shard = tmp_path / "shards" / "00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"00001\.parquet is damaged"):
+        store.label(judge, PAIRS, tmp_path, "label")
+
+
 def test_failures_are_counted_and_too_many_stop_the_stage(judge, tmp_path):
     preamble = judge.prefix.key.shape[2]
     limits = dataclasses.replace(judge.config, max_length=preamble + 60, max_failure_rate=0.5)

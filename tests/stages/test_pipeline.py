@@ -71,18 +71,32 @@ def test_a_label_that_another_judge_made_is_not_reproduced(finished, capfd, tmp_
 
 # Each of these ends with one line on stderr that holds the words given, and starts no work.
 BAD_USAGE = {
-    "misspelt field": (["--config.sft.stepz=3"], ["stepz", "steps"]),
+    "misspelt field": (["--config.sft.stepz=3"], ["config.sft.stepz", "did you mean steps?"]),
+    "unknown group": (["--config.stf.steps=3"], ["config.stf.steps"]),
     "mistyped value": (["--config.sft.steps=many"], ["sft.steps", "many"]),
     "unknown flag": (["--stagez=sft"], ["stagez", "stages"]),
     "unknown stage": (["--stages=sft,labels"], ["labels", "label"]),
+    "no stage": (["--stages="], ["no stage", "reward_model"]),
     "changed config": (["--config.sft.steps=5"], ["sft.steps=5", "was 4"]),
+    "changed config of an earlier stage": (["--config.sft.steps=5", "--stages=eval"], ["stage sft", "sft.steps=5"]),
     "missing judge": (["--config.judge.weights=/nowhere/x.gguf"], ["judge.weights", "/nowhere/x.gguf"]),
+    "missing template": (["--config.judge.template=nothing"], ["judge.template", "everyday_requests"]),
+    "judge too short": (["--config.judge.max_length=4096"], ["judge.max_length=4096", "2048"]),
     "batch of no device": (["--config.rl.batch_size=17"], ["rl.batch_size=17"]),
-    "mesh of too many": (["--config.mesh.tensor=5", "--config.mesh.fsdp=5"], ["devices"]),
+    "no minibatch": (["--config.rl.minibatches=0"], ["rl.minibatches=0", "positive"]),
+    "share above 1": (["--config.data.polite_share=1.5"], ["data.polite_share=1.5"]),
+    "unknown schedule": (["--config.rl.optimizer.schedule=cosin"], ["rl.optimizer.schedule", "cosine"]),
+    "unknown dtype": (["--config.judge.dtype=float8"], ["judge.dtype='float8'", "bfloat16"]),
+    "odd heads": (["--config.policy.model.num_attention_heads=3"], ["num_attention_heads=3", "multiple"]),
+    "context too short": (["--config.policy.max_prompt_length=100"], ["max_position_embeddings=128", "164"]),
+    "mesh of too many": (["--config.mesh.tensor=5", "--config.mesh.fsdp=5"], ["config.mesh", "devices"]),
+    "mesh that does not divide": (["--config.mesh.tensor=4", "--config.mesh.fsdp=2"], ["policy", "heads'", "size 2"]),
     "label row": (["--replay=99"], ["99", "0 to 15"]),
     "stray argument": (["sft"], ["sft"]),
     "no arm": (["--config=configs/quickstart.py:nonsense"], ["nonsense", "smoke"]),
     "no config file": (["--config=configs/nowhere.py"], ["nowhere.py"]),
+    "pattern for a folder": (["--workdir=runs/a*"], ["--workdir=runs/a*"]),
+    "file for a folder": (["--workdir=README.md"], ["README.md", "is a file"]),
 }
 
 
@@ -102,3 +116,26 @@ def test_a_stage_needs_the_stages_before_it(finished, capfd, tmp_path):
     flags = [flag for flag in finished[1] if "workdir" not in flag]
     assert main(["main", *flags, f"--workdir={tmp_path}", "--stages=rl"]) == 2
     assert "stage rl needs stage sft" in capfd.readouterr().err
+
+
+def test_a_stage_that_kept_nothing_does_not_bind_the_config(finished, capfd, tmp_path):
+    flags = [flag for flag in finished[1] if "workdir" not in flag]
+    flags += [f"--workdir={tmp_path}", "--stages=sft"]
+    assert main(["main", *flags, "--config.policy.max_prompt_length=2"]) == 2
+    assert "more than policy.max_prompt_length=2" in capfd.readouterr().err
+    assert main(["main", *flags, "--config.policy.max_prompt_length=3"]) == 2
+    assert "more than policy.max_prompt_length=3" in capfd.readouterr().err
+
+
+def test_help_is_no_error(capfd):
+    assert main(["main", "--help"]) == 0
+    assert "--stages" in capfd.readouterr().out
+
+
+def test_a_damaged_record_is_named(finished, capfd):
+    file = finished[0] / "eval" / "results.json"
+    whole = file.read_text()
+    file.write_text(whole[:50])
+    assert main(["main", *finished[1]]) == 2
+    file.write_text(whole)
+    assert "results.json is damaged" in capfd.readouterr().err

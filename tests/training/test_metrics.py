@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from rlaif_jax.errors import UserError
 from rlaif_jax.training.metrics import JsonLines, StageLog
 
 
@@ -43,6 +44,13 @@ def test_a_last_line_without_its_newline_was_never_written(file, half):
         stream.write(half)
     write(file, 9, [9], "second")
     assert [row["step"] for row in rows(file)] == [0, 1, 9]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"stop": 1}'])
+def test_a_damaged_line_is_named(file, damage):
+    file.write_text(f'{{"step": 0}}\n{damage}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*metrics\.jsonl is damaged"):
+        JsonLines(file, 3)
 
 
 def test_a_new_run_starts_an_empty_file(file):

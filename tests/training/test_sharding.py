@@ -71,7 +71,7 @@ def test_a_train_step_is_the_same_on_eight_devices_and_on_one(make):
 
 def test_ppo_updates_are_the_same_on_eight_devices_and_on_one():
     config = rl_config()
-    rollout = Rollout(SEQUENCES, noise(1), noise(0.2) - 6.2 * MASK, noise(1), noise(1), noise(1))  # log(1/512) is -6.2
+    rollout = Rollout(SEQUENCES, noise(0.2) - 6.2 * MASK, noise(1), noise(1), noise(1))  # log(1/512) is -6.2
     apply_update = functools.partial(
         update,
         model=LANGUAGE,

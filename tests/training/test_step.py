@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from rlaif_jax.errors import UserError
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.stages.sft import sft_loss
 from rlaif_jax.training.optimizer import make_optimizer
@@ -100,8 +99,3 @@ def test_the_gradient_is_clipped_by_its_global_norm_before_adam_sees_it():
     _, state = jax.jit(lambda: optimizer.update(gradient, optimizer.init(params), params))()
     moments = optax.tree_utils.tree_get(state, "mu")
     np.testing.assert_allclose([*moments["a"], *moments["b"]], 0.1 * 0.5 / 2, rtol=1e-5)  # four equal entries
-
-
-def test_an_unknown_schedule_is_one_clear_line():
-    with pytest.raises(UserError, match=r"'cosin'.*constant, linear, cosine"):
-        make_optimizer(optimizer_config(schedule="cosin"), 8)
