@@ -122,7 +122,7 @@ def _open_run(config: Config, workdir: str) -> Run:
 
 def _replay(run: Run, row: int) -> int:
     """Judges one label row again; 0 where the label is reproduced, 1 where it is not."""
-    file = run.workdir / "label" / "preferences.parquet"
+    file = run.folder("label") / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
     with jax.set_mesh(run.placement.mesh):

@@ -34,7 +34,7 @@ _SINGLE = (
 def print_summary(run: Run) -> None:
     """The table of results and `evaluation.shown_samples` replies side by side."""
     console = _console()
-    results = read_json(run.workdir / "eval" / "results.json")
+    results = read_json(run.folder("eval") / "results.json")
     table = Table(title=f"{escape(str(run.workdir))}: mean [95 % interval]", title_justify="left")
     for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
         table.add_column(column, justify=justify)
@@ -51,7 +51,7 @@ def print_summary(run: Run) -> None:
 
 
 def _print_samples(console: Console, run: Run) -> None:
-    rows = read_parquet(run.workdir / "eval" / "preferences.parquet").to_pylist()
+    rows = read_parquet(run.folder("eval") / "preferences.parquet").to_pylist()
     table = Table(title="Held-out prompts", title_justify="left", show_lines=True)
     for column in ("prompt", "SFT", "RL", "P(RL better)"):
         table.add_column(column)

@@ -25,7 +25,7 @@ POLICIES = ("sft", "rl")
 
 def run_evaluation(run: Run) -> None:
     """Reads policies, reward model and labels; writes `eval/samples.parquet`, its judgements and `results.json`."""
-    folder = run.workdir / "eval"
+    folder = run.folder("eval")
     prompts = run.corpus().evaluation_prompts
     if not (folder / "samples.parquet").exists():
         write_parquet(folder / "samples.parquet", _sample(run, [prompt.text for prompt in prompts]))
@@ -113,7 +113,7 @@ def _results(run: Run, prompts: tuple[embedded.Prompt, ...], samples: dict, judg
 
 def _agreement(run: Run, samples: dict, judged: list[dict], mean) -> dict:
     """How far judge and reward model agree with the ground truth and with each other."""
-    labels = store.scored(read_parquet(run.workdir / "label" / "preferences.parquet")).to_pylist()
+    labels = store.scored(read_parquet(run.folder("label") / "preferences.parquet")).to_pylist()
     scored = [(row, i) for i, row in enumerate(judged) if row["status"] == "ok"]
     rows = [row for row, _ in scored]
     margin = np.array([samples["reward/rl"][i] - samples["reward/sft"][i] for _, i in scored])

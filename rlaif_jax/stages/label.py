@@ -14,7 +14,7 @@ from rlaif_jax.stages.run import Run, sample_responses, shuffled_batches
 
 def run_label(run: Run) -> None:
     """Reads the SFT policy; writes `label/candidates.parquet`, `preferences.parquet`, manifest and audit."""
-    folder = run.workdir / "label"
+    folder = run.folder("label")
     candidates = folder / "candidates.parquet"
     if not candidates.exists():
         write_parquet(candidates, _sample_candidates(run))

@@ -90,7 +90,7 @@ def _file_hashes(run: Run) -> dict[str, str]:
 
 
 def _record(run: Run, name: str) -> epath.Path:
-    return run.workdir / name / "stage.json"
+    return run.folder(name) / "stage.json"
 
 
 def _is_done(run: Run, name: str) -> bool:
@@ -99,7 +99,7 @@ def _is_done(run: Run, name: str) -> bool:
 
 
 def _check_config(run: Run, name: str) -> None:
-    folder, record = run.workdir / name, _record(run, name)
+    folder, record = run.folder(name), _record(run, name)
     # A stage that stopped before it kept anything binds nobody.
     kept = any(folder.glob("checkpoints/*")) or any(folder.glob("*.parquet"))
     if not record.exists() or not kept:

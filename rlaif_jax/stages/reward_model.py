@@ -77,9 +77,9 @@ def run_reward_model(run: Run) -> None:
 
     loop = LoopConfig(config.steps, config.checkpoint_every)
     abstract = abstract_state(model, optimizer, run.placement)
-    state = train("reward_model", run.workdir, loop, abstract, init, next_step)
+    state = train(run.folder("reward_model"), loop, abstract, init, next_step)
     rewards = [score(run, model, state.params, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
-    write_json(run.workdir / "reward_model" / "normalisation.json", _normalisation(run, *rewards, comparisons.prob_a))
+    write_json(run.folder("reward_model") / "normalisation.json", _normalisation(run, *rewards, comparisons.prob_a))
 
 
 def _normalisation(run: Run, reward_a: np.ndarray, reward_b: np.ndarray, prob_a: np.ndarray) -> dict:
@@ -120,7 +120,7 @@ def centred_params(run: Run) -> dict:
     (Stiennon et al., arXiv 2009.01325: only differences of rewards are trained, so the offset is free.)
     """
     params = run.trained_params("reward_model", run.scalar_model())
-    file = run.workdir / "reward_model" / "normalisation.json"
+    file = run.folder("reward_model") / "normalisation.json"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=reward_model to its end")
     normalisation = read_json(file)
@@ -141,7 +141,7 @@ _rewards = jax.jit(response_rewards, static_argnums=0)
 
 
 def _read_labels(run: Run) -> dict[str, list]:
-    file = run.workdir / "label" / "preferences.parquet"
+    file = run.folder("label") / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
     labels, candidates = read_parquet(file), read_parquet(file.parent / "candidates.parquet")

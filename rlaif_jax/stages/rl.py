@@ -224,4 +224,4 @@ def run_rl(run: Run) -> None:
     abstract = state_of(
         abstract_state(model, optimizer, run.placement), abstract_state(scalar_model, value_optimizer, run.placement)
     )
-    train("rl", run.workdir, LoopConfig(config.steps, config.checkpoint_every), abstract, init, next_step)
+    train(run.folder("rl"), LoopConfig(config.steps, config.checkpoint_every), abstract, init, next_step)

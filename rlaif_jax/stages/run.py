@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain.python as grain
 import jax
@@ -30,6 +30,11 @@ class Run:
     config: Config
     workdir: epath.Path
     placement: Placement
+    shared: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)  # stages kept elsewhere than in workdir
+
+    def folder(self, stage: str) -> epath.Path:
+        """Where a stage keeps its files."""
+        return self.shared.get(stage, self.workdir / stage)
 
     def key(self, stage: str, step: int = 0) -> jax.Array:
         """The random key of a step of a stage: a function of seed, stage and step, never of what ran before."""
@@ -62,11 +67,11 @@ class Run:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The policy's tokenizer, which the SFT stage has saved."""
-        return tokenizers.from_folder(self.workdir / "sft" / "tokenizer")
+        return tokenizers.from_folder(self.folder("sft") / "tokenizer")
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel):
         """The parameters at the end of a stage. Raises UserError where it has not run."""
-        checkpoints = Checkpoints(self.workdir / stage / "checkpoints")
+        checkpoints = Checkpoints(self.folder(stage) / "checkpoints")
         try:
             return checkpoints.restore_params(abstract_parameters(model, self.placement))
         finally:

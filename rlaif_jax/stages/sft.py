@@ -56,8 +56,7 @@ def run_sft(run: Run) -> None:
         return state, metrics | {"tokens": tokens}, samples
 
     train(
-        "sft",
-        run.workdir,
+        run.folder("sft"),
         LoopConfig(config.steps, config.checkpoint_every),
         abstract_state(model, optimizer, run.placement),
         lambda: init_state(model, _initial_params(run, model), optimizer, run.placement),
@@ -83,7 +82,7 @@ def _make_tokenizer(run: Run, texts: list[str]):
         tokenizer = tokenizers.from_gguf(gguf.open_gguf(policy.weights))
     else:
         tokenizer = tokenizers.train(texts, policy.model.vocab_size)
-    folder = run.workdir / "sft" / "tokenizer"
+    folder = run.folder("sft") / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
     return tokenizer

@@ -28,17 +28,17 @@ class LoopConfig:
 
 
 def train(
-    name: str, workdir: epath.Path, config: LoopConfig, abstract: State, init: Callable[[], State], next_step: NextStep
+    folder: epath.Path, config: LoopConfig, abstract: State, init: Callable[[], State], next_step: NextStep
 ) -> State:
     """Runs `next_step` from the newest checkpoint, or from `init()`, to `config.steps`; returns the last state.
 
-    Raises UserError where a metric is not finite, keeping the last checkpoint.
+    Checkpoints and metrics go to `folder`, TensorBoard files to `logs` beside it. Raises UserError where a metric is not finite, keeping the last checkpoint.
     """
-    folder = workdir / name
+    name = folder.name
     checkpoints = Checkpoints(folder / "checkpoints")
     start = checkpoints.latest_step() or 0
     state = checkpoints.restore(abstract) if start else init()
-    log = StageLog(folder, workdir / "logs", start)
+    log = StageLog(folder, folder.parent / "logs", start)
     try:
         for step in progress(range(start, config.steps), name, total=config.steps, initial=start, unit="step"):
             began = time.perf_counter()
