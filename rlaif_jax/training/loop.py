@@ -32,7 +32,8 @@ def train(
 ) -> State:
     """Runs `next_step` from the newest checkpoint, or from `init()`, to `config.steps`; returns the last state.
 
-    Checkpoints and metrics go to `folder`, TensorBoard files to `logs` beside it. Raises UserError where a metric is not finite, keeping the last checkpoint.
+    Checkpoints and metrics go to `folder`, TensorBoard files to `logs` beside it. Raises UserError where a metric
+    is not finite, keeping the last checkpoint.
     """
     name = folder.name
     checkpoints = Checkpoints(folder / "checkpoints")
