@@ -27,6 +27,8 @@ _SINGLE = (
     ("KL of RL from SFT, nats a reply", "kl/rl_vs_sft"),
     ("judge agrees with ground truth", "judge_agreement/ground_truth"),
     ("reward model agrees with ground truth", "reward_model_accuracy/ground_truth"),
+    ("judge agrees with people", "judge_agreement/human"),
+    ("reward model agrees with people", "reward_model_accuracy/human"),
     ("reward model agrees with judge", "reward_model_accuracy/judge"),
 )
 
@@ -39,14 +41,18 @@ def print_summary(run: Run) -> None:
     for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
         table.add_column(column, justify=justify)
     for label, name in _BY_POLICY:
+        if f"{name}/sft" not in results:  # real data has no ground truth
+            continue
         sft, rl = results[f"{name}/sft"], results[f"{name}/rl"]
         table.add_row(label, _figure(sft), _figure(rl), str(rl["n"]))
     table.add_section()
     for label, name in _SINGLE:
+        if name not in results:
+            continue
         table.add_row(label, "", _figure(results[name]), str(results[name]["n"]))
     console.print(table)
     if results["judge_is_training_judge"]:
-        console.print("The judge that evaluates is the judge that labelled; the ground truth is independent of it.")
+        console.print("The judge that evaluates is the judge that labelled.")
     _print_samples(console, run)
 
 

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from etils import epath
 
 from rlaif_jax.config import flatten
+from rlaif_jax.data.prepare import COLUMNS
+from rlaif_jax.data.sources import files
 from rlaif_jax.errors import UserError, blame
-from rlaif_jax.files import read_json, write_json
+from rlaif_jax.files import file_hash, read_json, write_json
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.evaluate import run_evaluation
@@ -86,6 +88,12 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
+    for role in COLUMNS:
+        source = getattr(run.config.data, role)
+        if source.kind in ("jsonl", "parquet"):
+            with blame(f"data.{role}"):
+                found = files(source, run.config.data.root)
+            hashes[f"data.{role}.hash"] = "".join(map(file_hash, found))
     return hashes
 
 

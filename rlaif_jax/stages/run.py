@@ -1,4 +1,4 @@
-"""What every stage of a run shares: the config, the folder, the models, the corpus and the random keys."""
+"""What every stage of a run shares: the config, the folder, the models, the data and the random keys."""
 
 import dataclasses
 import zlib
@@ -14,6 +14,7 @@ from rlaif_jax.config import Config
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import UserError
+from rlaif_jax.files import read_parquet
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
@@ -45,9 +46,15 @@ class Run:
         """The seed of the order in which a stage reads its data; each stage has its own."""
         return zlib.crc32(f"{stage} {self.config.seed}".encode())
 
-    def corpus(self) -> embedded.Corpus:
-        """The corpus of this seed."""
-        return embedded.generate(self.config.data, self.config.seed)
+    def data(self, name: str) -> dict[str, list]:
+        """A set that the SFT stage has prepared (`data.prepare.COLUMNS`), as columns."""
+        return read_parquet(self.folder("sft") / "data" / f"{name}.parquet").to_pydict()
+
+    def ground_truth(self) -> embedded.GroundTruth | None:
+        """What grades replies; None for data that has no ground truth."""
+        if self.config.data.evaluation_prompts.kind != "embedded":
+            return None
+        return embedded.GroundTruth(self.config.data.embedded, self.config.seed)
 
     def model_config(self) -> ModelConfig:
         """The policy's shape: that of its weights, or the config's where it is trained from scratch."""
