@@ -59,28 +59,22 @@ def tldr(row: Mapping) -> Draft | Malformed:
 
 
 def abstract(row: Mapping) -> Draft | Malformed:
-    """A paper to summarise: `title`, and `source` (a text or a list of sentences), which is shortened."""
+    """A paper to summarise: `title`, if any, and `source` (a text or a list of sentences), which is shortened."""
     if isinstance(row.get("source"), list):
         row = {**row, "source": " ".join(map(str, row["source"]))}
-    return _texts(row, "title", "source") or _shortened(
-        f"TITLE: {row['title'].strip()}\n\nABSTRACT: ", row["source"], "\n\nTL;DR:"
-    )
+    title = f"TITLE: {row['title']}\n\n" if isinstance(row.get("title"), str) else ""
+    return _texts(row, "source") or _shortened(f"{title}ABSTRACT: ", row["source"], "\n\nTL;DR:")
 
 
 def dialogue(row: Mapping) -> Draft | Malformed:
-    """A dialogue of HH-RLHF (Bai et al., arXiv 2204.05862): `prompt`, or what `chosen` and `rejected` share.
+    """A dialogue of HH-RLHF (Bai et al., arXiv 2204.05862): `prompt`.
 
     The earliest exchanges are left out first; the last turn of the human always stays whole. A prompt without turns
     is the human's first.
     """
-    if "prompt" in row:
-        text = row["prompt"]
-    elif isinstance(row.get("response_a"), str) and isinstance(row.get("response_b"), str):
-        text = shared_dialogue(row["response_a"], row["response_b"])
-    else:
-        return Malformed("no field prompt")
-    if not isinstance(text, str) or not text.strip():
-        return Malformed("prompt is empty or not text")
+    if problem := _texts(row, "prompt"):
+        return problem
+    text = row["prompt"]
     if not _TURN.match(text):
         text = f"\n\nHuman: {text.strip()}\n\nAssistant:"
     turns = messages(text)
@@ -90,11 +84,20 @@ def dialogue(row: Mapping) -> Draft | Malformed:
     return Draft([_dialogue_text(turns[start:]) for start in starts])
 
 
-def shared_dialogue(chosen: str, rejected: str) -> str:
-    """What two whole dialogues share, up to the assistant's turn in which they part."""
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))  # noqa: B905
+def split_dialogues(row: Mapping) -> Mapping:
+    """A row of two whole dialogues (`response_a`, `response_b`) with what they share as its `prompt`.
+
+    They share all turns up to the assistant's in which they part (Anthropic/hh-rlhf has no other prompt); the fields
+    that hold whole dialogues keep what follows. Other rows come back as they are.
+    """
+    a, b = row.get("response_a"), row.get("response_b")
+    if "prompt" in row or not isinstance(a, str) or not isinstance(b, str):
+        return row
+    same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905
     marker = "\n\nAssistant:"
-    return chosen[: chosen.rfind(marker, 0, same) + len(marker)] if marker in chosen[:same] else ""
+    prompt = a[: a.rfind(marker, 0, same) + len(marker)] if marker in a[:same] else ""
+    rest = {name: value.removeprefix(prompt) for name, value in row.items() if isinstance(value, str)}
+    return {**row, **rest, "prompt": prompt}
 
 
 LAYOUTS: dict[str, Callable[[Mapping], Draft | Malformed]] = {

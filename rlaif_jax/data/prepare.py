@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlaif_jax.data import embedded
 from rlaif_jax.data.embedded import EmbeddedConfig
 from rlaif_jax.data.encoding import prompt_tokens
-from rlaif_jax.data.layouts import LAYOUTS, Draft
+from rlaif_jax.data.layouts import LAYOUTS, Draft, split_dialogues
 from rlaif_jax.data.sources import Malformed, SourceConfig, read
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import write_json, write_parquet
@@ -77,6 +77,8 @@ def _raw_rows(config: DataConfig, role: str, source: SourceConfig, seed: int) ->
 
 
 def _row(raw: Mapping[str, Any], role: str, layout: str) -> Row | Malformed:
+    if layout == "dialogue":
+        raw = split_dialogues(raw)
     draft = LAYOUTS[layout](raw)
     if isinstance(draft, Malformed):
         return draft
@@ -92,15 +94,13 @@ def _row(raw: Mapping[str, Any], role: str, layout: str) -> Row | Malformed:
 
 
 def _reply(raw: Mapping[str, Any], name: str) -> str | Malformed:
-    """A response; of a whole dialogue, its last turn. Of several references the first counts."""
+    """A response, up to where the human speaks again. Of several references the first counts."""
     value = raw.get(name)
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
     if not isinstance(value, str):
         return Malformed(f"no text in {name}")
-    if "prompt" not in raw and "\n\nAssistant:" in value:
-        value = value[value.rfind("\n\nAssistant:") + len("\n\nAssistant:") :]
-    return value.strip() or Malformed(f"{name} is empty")
+    return value.split("\n\nHuman:")[0].strip() or Malformed(f"{name} is empty")
 
 
 def _prob_a(raw: Mapping[str, Any], name: str) -> float | Malformed:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ class SourceConfig:
     # A file or a pattern (posts-*.jsonl.gz); datasets: OWNER/NAME[/FOLDER] on the hub, or a folder; tfds: its data_dir.
     path: str
     name: str  # datasets: the configuration, "" for the only one; tfds: the builder, and :VERSION if needed
-    split: str  # of datasets and tfds
+    split: str  # of datasets and tfds; of files, the rows whose field `split` says so; "" for all
     # Our field -> theirs; dots reach into objects and lists: {"reply": "summaries.0.text"}.
     fields: Mapping[str, str]
     limit: int  # takes the first rows only; 0 takes all
@@ -41,9 +42,10 @@ def read(config: SourceConfig, root: str) -> Iterator[dict[str, Any] | Malformed
     Raises UserError where the source as a whole can't be read.
     """
     reader = {"jsonl": _json_lines, "parquet": _parquet, "datasets": _hugging_face, "tfds": _tensorflow_datasets}
-    for index, row in enumerate(reader[config.kind](config, root)):
-        if config.limit and index >= config.limit:
-            return
+    rows = reader[config.kind](config, root)
+    if config.split and config.kind in ("jsonl", "parquet"):
+        rows = (row for row in rows if not isinstance(row, Mapping) or row.get("split") == config.split)
+    for row in itertools.islice(rows, config.limit or None):
         yield row if isinstance(row, Malformed) else _mapped(row, config.fields)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from rlaif_jax.data.layouts import LAYOUTS, Draft, messages, shared_dialogue
+from rlaif_jax.data.layouts import LAYOUTS, Draft, messages, split_dialogues
 from rlaif_jax.data.sources import Malformed
 
 POST = {"subreddit": "running", "title": "Shoes?", "post": "I run.\n\nMy shoes are old. Which ones last? Thanks"}
@@ -49,11 +49,14 @@ def test_a_prompt_without_turns_is_the_first_of_a_dialogue():
 
 
 def test_what_two_dialogues_share_is_their_prompt():
-    assert shared_dialogue(HH + " Because.", HH + " Begone.") == HH
-    assert shared_dialogue(HH + " Yes.", HH + " Yes.\n\nHuman: So?\n\nAssistant: Yes.") == HH
+    pair = {"response_a": HH + " Because.", "response_b": HH + " Begone.", "choice": 1}
+    assert split_dialogues(pair) == {"prompt": HH, "response_a": " Because.", "response_b": " Begone.", "choice": 1}
     # They part within the assistant's first turn.
-    other = HH.replace("Hello", "Help")
-    assert shared_dialogue(HH + " x", other + " y") == "\n\nHuman: Hi\n\nAssistant:"
+    pair = {"response_a": HH + " x", "response_b": HH.replace("Hello", "Help"), "reply": HH + " x"}
+    split = split_dialogues(pair)
+    assert split["prompt"] == "\n\nHuman: Hi\n\nAssistant:"
+    assert split["reply"] == split["response_a"] == (HH + " x").removeprefix(split["prompt"])
+    assert split_dialogues(split) == split
 
 
 def test_an_abstract_may_be_a_list_of_sentences():
@@ -70,9 +73,9 @@ def test_an_abstract_may_be_a_list_of_sentences():
         ("tldr", {"prompt": "Summarise this"}, "prompt is not in the TL;DR layout"),
         ("tldr", {"subreddit": "a", "title": "b", "post": None}, "post is not text"),
         ("abstract", {"title": "b", "source": []}, "source is empty"),
-        ("dialogue", {"prompt": ""}, "prompt is empty or not text"),
+        ("dialogue", {"prompt": ""}, "prompt is empty"),
         ("dialogue", {"prompt": "\n\nHuman: a\n\nAssistant: b"}, "the human does not have the last turn"),
-        ("dialogue", {"response_a": "x", "response_b": "y"}, "prompt is empty or not text"),
+        ("dialogue", {"response_a": "x"}, "no field prompt"),
     ],
 )
 def test_a_malformed_row_has_its_reason(layout, row, reason):

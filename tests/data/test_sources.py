@@ -15,7 +15,7 @@ FIELDS = {"title": "title", "reply": "summary"}
 EXPECTED = [{"title": row["title"], "reply": row["summary"]} for row in ROWS]
 
 
-def source(kind, path, name="", split="train", fields=FIELDS, limit=0):
+def source(kind, path, name="", split="", fields=FIELDS, limit=0):
     return SourceConfig(kind, path, name, split, fields, limit)
 
 
@@ -46,8 +46,8 @@ SOURCES = {
     "several files": source("jsonl", "part-*.jsonl"),
     "parquet": source("parquet", "table.parquet"),
     "datasets folder": source("datasets", "saved"),
-    "datasets folder with splits": source("datasets", "dict"),
-    "tfds": source("tfds", "tfds", "rlaif_tldr"),
+    "datasets folder with splits": source("datasets", "dict", split="train"),
+    "tfds": source("tfds", "tfds", "rlaif_tldr", "train"),
 }
 
 
@@ -58,6 +58,11 @@ def test_every_kind_gives_the_same_rows(folder, name):
 
 def test_the_first_rows_are_taken(folder):
     assert list(read(source("jsonl", "plain.jsonl", limit=2), str(folder))) == EXPECTED[:2]
+
+
+def test_files_may_name_the_split_of_a_row(tmp_path):
+    (tmp_path / "x.jsonl").write_text(lines(row | {"split": "ab"[i % 2]} for i, row in enumerate(ROWS)))
+    assert list(read(source("jsonl", "x.jsonl", split="b", limit=1), str(tmp_path))) == [EXPECTED[1]]
 
 
 def test_dots_reach_into_lists_and_objects(tmp_path):
@@ -99,8 +104,8 @@ def bad_parquet(folder):
         (source("datasets", "saved/nothing"), None, "saved/nothing"),
         (source("datasets", "dict", split="test"), None, "split 'test'"),
         (source("tfds", "tfds", "rlaif_tldr", "test"), None, "Unknown split 'test'"),
-        (source("tfds", "elsewhere", "rlaif_tldr"), None, "not prepared in .*elsewhere"),
-        (source("tfds", "tfds", "no_such_set"), None, "no_such_set"),
+        (source("tfds", "elsewhere", "rlaif_tldr", "train"), None, "not prepared in .*elsewhere"),
+        (source("tfds", "tfds", "no_such_set", "train"), None, "no_such_set"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_one_clear_line(folder, config, damage, message, monkeypatch):
@@ -120,4 +125,4 @@ def test_tfrecord_needs_a_conversion_that_is_named(folder):
     (old / "dataset_info.json").write_text(json.dumps(info | {"name": "other_set", "fileFormat": "tfrecord"}))
     (old / "features.json").write_text((version / "features.json").read_text())
     with pytest.raises(UserError, match=r"convert_format --root_data_dir=.*--out_file_format=array_record"):
-        list(read(source("tfds", "records", "other_set"), str(folder)))
+        list(read(source("tfds", "records", "other_set", "train"), str(folder)))
