@@ -293,7 +293,7 @@ def test_a_cell_interrupted_in_the_middle_of_rl_ends_as_a_run_of_its_own(judge, 
     monkeypatch.setattr(rl, "make_rollout", interrupted)
     assert sweep.main(["sweep", *flags]) == 130
     assert sweep.main(["sweep", *flags]) == 0
-    assert len(steps) == 6 + 6 + 6 + 4 + 3
+    assert len(steps) == 6 + 6 + 6 + 4 + 4  # from the checkpoint after the second step
     monkeypatch.setattr(rl, "make_rollout", make_rollout)
     own = tiny_run_flags(judge, tmp_path / "own")
     assert main.main(["main", *own, "--config.seed=1", "--config.rl.kl_coef=0.5"]) == 0
