@@ -144,12 +144,32 @@ def _value(value: Any, kind: Any, path: str) -> Any:
             return dict(value)
         raise UserError(f"config field {path} must map names to names, not {value!r}")
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
+        item_kind = typing.get_args(kind)[0]
+        if isinstance(value, (tuple, list)) and all(type(item) is item_kind for item in value):
             return tuple(value)
-        raise UserError(f"config field {path} must be a tuple of strings, not {value!r}")
+        raise UserError(f"config field {path} must be a tuple of {item_kind.__name__}, not {value!r}")
     if type(value) is not kind:
         raise UserError(f"config field {path} must be of type {kind.__name__}, not {type(value).__name__} ({value!r})")
     return value
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with other values in some fields: dotted name -> value, e.g. {"rl.kl_coef": 0.02}.
+
+    Raises UserError for a field that does not exist (with the nearest one that does) or of the wrong type.
+    """
+    values, known = dataclasses.asdict(config), flatten(config)
+    for name, value in changes.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see rlaif_jax/config.py for the fields"
+            raise UserError(f"unknown config field {name}: {hint}")
+        *groups, field = name.split(".")
+        group = values
+        for part in groups:
+            group = group[part]
+        group[field] = value
+    return parse(values)
 
 
 def flatten(config: Any, path: str = "") -> dict[str, Any]:

@@ -61,7 +61,7 @@ def run_stages(run: Run, names: list[str]) -> None:
     Raises UserError for a stage whose predecessor has not finished.
     """
     for name in names:
-        if _is_done(run, name):
+        if is_done(run, name):
             print(f"{name}: nothing to do", flush=True)
             continue
         _check_predecessors(run, name)
@@ -101,7 +101,8 @@ def _record(run: Run, name: str) -> epath.Path:
     return run.folder(name) / "stage.json"
 
 
-def _is_done(run: Run, name: str) -> bool:
+def is_done(run: Run, name: str) -> bool:
+    """Whether a stage has run to its end. Raises UserError where the record of it is damaged."""
     record = _record(run, name)
     return record.exists() and read_json(record)["done"]
 
@@ -125,5 +126,5 @@ def _check_config(run: Run, name: str) -> None:
 def _check_predecessors(run: Run, name: str) -> None:
     order = list(STAGES)
     for earlier in order[: order.index(name)]:
-        if not _is_done(run, earlier):
+        if not is_done(run, earlier):
             raise UserError(f"stage {name} needs stage {earlier}, which has not finished in {run.workdir}")
