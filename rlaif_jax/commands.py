@@ -36,17 +36,21 @@ def open_folder(workdir: str) -> epath.Path:
     return folder
 
 
-def parse_flags(argv: list[str], usage: str, values: flags.FlagValues) -> flags.FlagValues:
-    """--config and --workdir, which every command needs, and the flags that the caller has defined in `values`.
+def parse_flags(
+    argv: list[str], usage: str, values: flags.FlagValues, default_config: str | None = None
+) -> flags.FlagValues:
+    """--config, --workdir and the flags that the caller has defined in `values`.
+
+    --config and --workdir are needed, but for a command that has a default config and writes nothing.
 
     Raises UserError for a flag or a config field that does not exist or has the wrong type.
     """
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_file("config", default_config, "", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     try:
         rest = values(argv)
         config = values.config
-        if config is None or values.workdir is None:
+        if config is None or (values.workdir is None and default_config is None):
             raise UserError(usage)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}")

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet
-from rlaif_jax.judge.score import Judge
+from rlaif_jax.judge.score import Judge, Judgement, Pair
 from rlaif_jax.stages.run import Run
 
 # Printed in this order; a row shows the SFT policy beside the RL policy.
@@ -76,11 +76,7 @@ def _console() -> Console:
 def print_replay(judge: Judge, stored: dict, fresh: dict, same: bool) -> None:
     """The exact prompts of a label row, and the stored fields beside the new ones."""
     console = _console()
-    orders = (("forward", "response_a", "response_b"), ("reversed", "response_b", "response_a"))
-    for order, first, second in orders:
-        suffix = judge.template.suffix(stored["prompt"], stored[first], stored[second])
-        console.rule(f"prompt, {order}")
-        console.print(judge.template.preamble + suffix, markup=False, highlight=False, soft_wrap=True)
+    _print_prompts(console, judge, Pair(stored["prompt"], stored["response_a"], stored["response_b"]))
     table = Table()
     for column in ("field", "stored", "now"):
         table.add_column(column)
@@ -89,3 +85,30 @@ def print_replay(judge: Judge, stored: dict, fresh: dict, same: bool) -> None:
             table.add_row(name, escape(str(stored[name])), escape(str(fresh[name])))
     console.print(table)
     console.print("same label" if same else "DIFFERENT label")
+
+
+def print_judgement(judge: Judge, pair: Pair, judgement: Judgement) -> None:
+    """The exact prompts of a pair, and what the judge says of it."""
+    console = _console()
+    _print_prompts(console, judge, pair)
+    table = Table(title=judge.provenance["judge"], title_justify="left")
+    for column in ("", "P(a is better)", "tokens"):
+        table.add_column(column)
+    rows = (
+        ("a first", judgement.prob_a_forward, judgement.tokens_forward),
+        ("b first", judgement.prob_a_reversed, judgement.tokens_reversed),
+        ("both orders", judgement.prob_a, ""),
+    )
+    for name, probability, tokens in rows:
+        table.add_row(name, "-" if probability is None else f"{probability:.4f}", str(tokens))
+    console.print(table)
+    if judgement.status != "ok":
+        console.print(f"not scored: {judgement.status}")
+
+
+def _print_prompts(console: Console, judge: Judge, pair: Pair) -> None:
+    orders = (("a first", pair.response_a, pair.response_b), ("b first", pair.response_b, pair.response_a))
+    for name, first, second in orders:
+        console.rule(f"prompt, {name}")
+        prompt = judge.template.preamble + judge.template.suffix(pair.prompt, first, second)
+        console.print(prompt, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""Judges one pair in both orders: python -m rlaif_jax.judge --prompt=TEXT --a=REPLY --b=REPLY [--config=FILE[:ARM]]"""
+
+import sys
+
+import jax
+from absl import flags
+from etils import epath
+
+from rlaif_jax.commands import parse_flags, run_command
+from rlaif_jax.config import parse
+from rlaif_jax.errors import UserError
+from rlaif_jax.judge.score import Pair, judge_pairs, load_judge
+from rlaif_jax.stages.run import open_run
+from rlaif_jax.summary import print_judgement
+
+_USAGE = "usage: python -m rlaif_jax.judge --prompt=TEXT --a=REPLY --b=REPLY [--config=configs/NAME.py[:ARM]]"
+_HELP = """  --config.judge.FIELD=VALUE  overrides a field, e.g. --config.judge.template=helpful
+
+Prints the exact prompt of each order, and the probability that reply a is the better one."""
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    return run_command(argv, f"{__doc__}\n\n{_USAGE}\n\n{_HELP}", _main)
+
+
+def _main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    for name in ("prompt", "a", "b"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    options = parse_flags(argv, _USAGE, values, default_config="configs/quickstart.py")
+    texts = (options.prompt, options.a, options.b)
+    if not all(text and text.strip() for text in texts):
+        raise UserError(_USAGE)
+    run, pair = open_run(parse(options.config.to_dict()), epath.Path(".")), Pair(*texts)
+    with jax.set_mesh(run.placement.mesh):
+        judge = load_judge(run.config.judge, run.config.seed, run.placement)
+        (judgement,) = judge_pairs(judge, [pair], lambda prompts: None)
+    print_judgement(judge, pair, judgement)
+    return 0 if judgement.status == "ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
