@@ -4,31 +4,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.score import Judge
 from rlaif_jax.stages.run import Run
-
-# Printed in this order; a row shows the SFT policy beside the RL policy.
-_BY_POLICY = (
-    ("good replies (ground truth)", "ground_truth_good"),
-    ("  on new combinations", "ground_truth_good_new_combinations"),
-    ("  on unseen templates", "ground_truth_good_unseen_templates"),
-    ("  well-mannered", "ground_truth_well_mannered"),
-    ("  answers its prompt", "ground_truth_answers_prompt"),
-    ("reward", "reward"),
-    ("response length, tokens", "response_length"),
-    ("distinct bigrams", "distinct_2"),
-    ("most common reply", "most_common_reply"),
-)
-_SINGLE = (
-    ("judged win rate, RL over SFT", "win_rate/rl_vs_sft"),
-    ("  on new combinations", "win_rate_new_combinations/rl_vs_sft"),
-    ("  on unseen templates", "win_rate_unseen_templates/rl_vs_sft"),
-    ("KL of RL from SFT, nats a reply", "kl/rl_vs_sft"),
-    ("judge agrees with ground truth", "judge_agreement/ground_truth"),
-    ("reward model agrees with ground truth", "reward_model_accuracy/ground_truth"),
-    ("reward model agrees with judge", "reward_model_accuracy/judge"),
-)
 
 
 def print_summary(run: Run) -> None:
@@ -38,11 +17,11 @@ def print_summary(run: Run) -> None:
     table = Table(title=f"{escape(str(run.workdir))}: mean [95 % interval]", title_justify="left")
     for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
         table.add_column(column, justify=justify)
-    for label, name in _BY_POLICY:
+    for label, name in BY_POLICY:
         sft, rl = results[f"{name}/sft"], results[f"{name}/rl"]
         table.add_row(label, _figure(sft), _figure(rl), str(rl["n"]))
     table.add_section()
-    for label, name in _SINGLE:
+    for label, name in SINGLE:
         table.add_row(label, "", _figure(results[name]), str(results[name]["n"]))
     console.print(table)
     if results["judge_is_training_judge"]:
