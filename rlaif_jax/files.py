@@ -43,8 +43,8 @@ def read_json(path: epath.Path):
 def read_json_lines(path: epath.Path) -> list[dict]:
     """Reads a file of one JSON object a line. Raises UserError where it is damaged."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):  # a kill can leave half a line at the end, which was never written
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # a kill can leave half a line at the end, which was never written
             break
         try:
             rows.append(dict(json.loads(line)))

@@ -19,6 +19,7 @@ from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import make_mesh
+from rlaif_jax.report import write_report
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
 from rlaif_jax.stages.run import Run
 from rlaif_jax.summary import print_replay, print_summary
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
             run_stages(run, stages)
         if "eval" in stages:
             print_summary(run)
+            print(f"report: {write_report(run.workdir, run.shared)}")
     except UserError as error:
         print(f"rlaif_jax: {error}", file=sys.stderr)
         return 2

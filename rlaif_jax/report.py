@@ -31,10 +31,14 @@ def main(argv: list[str]) -> int:
 def write_report(workdir: epath.Path, shared: Mapping[str, epath.Path] | None = None) -> epath.Path:
     """Writes `workdir`/report.html and returns its path; `shared` names the stages that are kept elsewhere.
 
-    Raises UserError for a folder that is no run, and for a damaged file.
+    Raises UserError for a folder that is no run or is read-only, and for a damaged file.
     """
     page = workdir / "report.html"
-    write_text(page, render(read_run(workdir, shared or {})))
+    html = render(read_run(workdir, shared or {}))
+    try:
+        write_text(page, html)
+    except OSError as error:
+        raise UserError(f"{page} can't be written: {error.strerror or error}") from error
     return page
 
 

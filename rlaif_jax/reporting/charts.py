@@ -153,7 +153,7 @@ def histogram(values: Sequence[float]) -> Markup:
     def draw(axes):
         axes.hist(values, bins=np.linspace(0, 1, 41), color=ACCENT, alpha=0.75)
         axes.axvline(0.5, color=SECOND, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_xlim(0, 1)
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("judge's probability that A is better")
         axes.set_ylabel("pairs")
         axes.grid(visible=False, axis="x")

@@ -95,7 +95,7 @@ def _reward_model(normalisation: dict | None, calibrated: bool) -> Check:
     accuracy = wilson_ci(round(normalisation["validation_accuracy"] * pairs), pairs)
     text = f"Right on {with_interval(accuracy, percent)} of {count(pairs, 'held-out label')}"
     text += f", with loss {loss:.3f} against {math.log(2):.3f} by chance"
-    text += f"; calibration then scaled its rewards by {number(scale)}" if calibrated else ""
+    text += f"; calibration then scaled its rewards by {scale:.2f}" if calibrated else ""
     ignorant = accuracy["ci95"][0] <= 0.5 or (scale < SCALE if calibrated else loss >= math.log(2))
     return Check(name, "alarm" if ignorant else "ok", text + (": no better than chance." if ignorant else "."))
 

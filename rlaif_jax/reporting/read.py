@@ -52,7 +52,7 @@ def read_run(workdir: epath.Path, shared: Mapping[str, epath.Path]) -> RunData:
         raise UserError(f"{workdir / 'config.json'} is missing: {workdir} is no folder of rlaif_jax.main")
     folders = {stage: shared.get(stage, workdir / stage) for stage in STAGES}
     label, evaluation = folders["label"], folders["eval"]
-    record = _object(workdir / "config.json")
+    record = _object(workdir / "config.json", config=dict)
     labels, samples = _rows(label / "preferences.parquet", _PAIR), _rows(evaluation / "samples.parquet", _SAMPLE)
     results = _figures(evaluation / "results.json")
     judged = _rows(evaluation / "preferences.parquet", _PAIR)
@@ -65,12 +65,12 @@ def read_run(workdir: epath.Path, shared: Mapping[str, epath.Path]) -> RunData:
         stages={stage: _state(folder) for stage, folder in folders.items()},
         metrics={stage: _lines(folders[stage] / "metrics.jsonl") for stage in ("sft", "reward_model", "rl")},
         labels=labels,
-        label_manifest=_object(label / "manifest.json"),
+        label_manifest=_object(label / "manifest.json", rows=int, status=dict),
         audit=_figures(label / "audit.json"),
-        normalisation=_object(folders["reward_model"] / "normalisation.json"),
+        normalisation=_normalisation(folders["reward_model"] / "normalisation.json"),
         samples=samples,
         judged=judged,
-        eval_manifest=_object(evaluation / "manifest.json"),
+        eval_manifest=_object(evaluation / "manifest.json", rows=int, status=dict),
         results=results,
         ground_truth=_ground_truth(record.get("config", {}), results, [*(labels or ()), *(samples or ())]),
     )
@@ -83,13 +83,28 @@ def _state(folder: epath.Path) -> str:
     return "done" if record.get("done") else "unfinished"
 
 
-def _object(file: epath.Path) -> dict | None:
+def _object(file: epath.Path, **kinds: type) -> dict | None:
+    """A JSON object that has at least the fields in `kinds`, each of its type; None where there is no file."""
     if not file.exists():
         return None
     value = read_json(file)
     if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged (no JSON object): delete it and run the stage that writes it")
+        raise _damaged(file, "no JSON object")
+    for name, kind in kinds.items():
+        if not isinstance(value.get(name), kind):
+            raise _damaged(file, f"{name} is missing or of another type")
     return value
+
+
+def _normalisation(file: epath.Path) -> dict | None:
+    value = _object(file)
+    if not (value or {}).get("validation_pairs"):  # where no labels were held out
+        return value
+    return _object(file, scale=float, validation_loss=float, validation_accuracy=float, validation_pairs=int)
+
+
+def _damaged(file: epath.Path, reason: str) -> UserError:
+    return UserError(f"{file} is damaged ({reason}): delete it and run the stage that writes it")
 
 
 def _figures(file: epath.Path) -> dict | None:
@@ -97,7 +112,7 @@ def _figures(file: epath.Path) -> dict | None:
     values = _object(file)
     for name, figure in (values or {}).items():
         if isinstance(figure, dict) and not _is_figure(figure):
-            raise UserError(f"{file} is damaged ({name} is no figure): delete it and run the stage that writes it")
+            raise _damaged(file, f"{name} is no figure")
     return values
 
 
@@ -119,7 +134,7 @@ def _rows(file: epath.Path, columns: tuple[str, ...]) -> list[dict] | None:
     table = read_parquet(file)
     missing = set(columns) - set(table.column_names)
     if missing:
-        raise UserError(f"{file} is damaged (no column {min(missing)}): delete it and run the stage that writes it")
+        raise _damaged(file, f"no column {min(missing)}")
     return table.to_pylist()
 
 
