@@ -87,7 +87,7 @@ def curve(name: str, steps: Sequence[float], values: Sequence[float], chance: fl
         smoothed = len(x) >= _SMOOTHED
         axes.plot(x, y, color=ACCENT, alpha=0.35 if smoothed else 1, linewidth=0.8 if smoothed else 1.4)
         if smoothed:
-            axes.plot(x, _moving_average(y, len(y) // 20), color=ACCENT)
+            axes.plot(x, _moving_average(y, len(y) // 50), color=ACCENT)
         if len(x) == 1:
             axes.plot(x, y, "o", color=ACCENT, markersize=4)
         if chance is not None:
