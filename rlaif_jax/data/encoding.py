@@ -5,7 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from rlaif_jax.data.layouts import messages
 from rlaif_jax.errors import UserError
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts through the chat template, as token lists that end where a reply begins.
+
+    Raises UserError for a tokenizer without chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the policy's tokenizer has no chat template: use the weights of an instruction-tuned model")
+    texts = [
+        tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, tokenize=False)
+        for prompt in prompts
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def encode_prompts(
@@ -14,20 +29,15 @@ def encode_prompts(
     """Prompts through the chat template, padded on the left.
 
     Returns (tokens [n, length] int32, mask [n, length] bool). Raises UserError for a prompt longer than that, and
-    for a tokenizer without chat template.
+    as `prompt_tokens`.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("the policy's tokenizer has no chat template: use the weights of an instruction-tuned model")
-    rows = []
-    for index, prompt in enumerate(prompts):
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        row = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = prompt_tokens(tokenizer, prompts)
+    for index, row in enumerate(rows):
         if len(row) > length:
             raise UserError(
-                f"prompt {index} has {len(row)} tokens, more than policy.max_prompt_length={length}: {prompt[:60]!r}"
+                f"prompt {index} has {len(row)} tokens, more than policy.max_prompt_length={length}: "
+                f"{prompts[index][:60]!r}"
             )
-        rows.append(row)
     return _pad(rows, length, left=True)
 
 

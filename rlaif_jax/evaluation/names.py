@@ -19,5 +19,7 @@ SINGLE = (
     ("KL of RL from SFT, nats a reply", "kl/rl_vs_sft"),
     ("judge agrees with ground truth", "judge_agreement/ground_truth"),
     ("reward model agrees with ground truth", "reward_model_accuracy/ground_truth"),
+    ("judge agrees with people", "judge_agreement/human"),
+    ("reward model agrees with people", "reward_model_accuracy/human"),
     ("reward model agrees with judge", "reward_model_accuracy/judge"),
 )

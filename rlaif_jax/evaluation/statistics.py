@@ -1,6 +1,6 @@
 """Figures with their uncertainty: a mean, its 95 % interval, and the number of observations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -22,6 +22,33 @@ def mean_ci(values: np.ndarray | Sequence[float], resamples: int, seed: int) -> 
         result = stats.bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=rng)
         interval = [float(x) for x in result.confidence_interval]
     return {"mean": float(values.mean()), "ci95": interval, "n": len(values)}
+
+
+def t_ci(values: np.ndarray | Sequence[float]) -> Figure:
+    """The mean with Student's t 95 % interval: for a few independent repetitions, e.g. the seeds of an experiment.
+
+    values: [n]. With n = 1 the interval is null: one value says nothing about the spread. With n = 0 the mean is, too.
+    """
+    values = np.asarray(values, float)
+    n = len(values)
+    if n < 2:
+        return {"mean": float(values[0]) if n else None, "ci95": [None, None], "n": n}
+    mean, half = float(values.mean()), float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    return {"mean": mean, "ci95": [mean - half, mean + half], "n": n}
+
+
+def paired_differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
+    """`values` less `baseline`, key by key; a key that only one of them has is left out."""
+    return {key: values[key] - baseline[key] for key in values if key in baseline}
+
+
+def show_figure(figure: Figure, signed: bool = False) -> str:
+    """A figure as text: its mean and, where there is one, its interval; "-" without observations."""
+    sign = "+" if signed else ""
+    mean, (low, high) = figure["mean"], figure["ci95"]
+    if mean is None:
+        return "-"
+    return f"{mean:{sign}.3f}" + ("" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
 def jackknife_ci(items: Sequence, statistic: Callable[[Sequence], float]) -> Figure:

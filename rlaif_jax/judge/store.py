@@ -105,6 +105,12 @@ def _table(judge: Judge, pairs: Sequence[Pair], judgements: Sequence[Judgement])
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
+def human_table(comparisons: Sequence[dict]) -> pa.Table:
+    """A label table of comparisons by people: `prompt`, `response_a`, `response_b`, `prob_a` (1 or 0)."""
+    rows = [dict.fromkeys(SCHEMA.names) | row | {"status": "ok", "judge": "human"} for row in comparisons]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
 def _statuses(table: pa.Table) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
 

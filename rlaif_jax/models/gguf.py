@@ -60,6 +60,7 @@ def weights_hash(path: str) -> str:
     return file_hash(resolve(path))
 
 
+@functools.cache  # parsing the vocabulary takes seconds, and several stages and cells of a sweep open the same file
 def open_gguf(path: str) -> gguf.GGUFReader:
     """Opens a GGUF file (`resolve`). Raises UserError where it is missing, damaged or of another family."""
     file = resolve(path)

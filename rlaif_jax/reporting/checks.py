@@ -101,13 +101,16 @@ def _reward_model(normalisation: dict | None, calibrated: bool) -> Check:
 
 
 def _judge(run: RunData) -> Check:
-    name, figure = "Judge", (run.audit or {}).get("judge_agreement/ground_truth")
-    if run.audit is None:
+    name, measured = "Judge", (run.audit or {}) | (run.results or {})
+    figure = next(filter(None, map(measured.get, ("judge_agreement/ground_truth", "judge_agreement/human"))), None)
+    if not measured and not run.people_labelled:
         return Check(name, "open", "Not measured yet.")
     if not figure or figure["mean"] is None:
-        return Check(name, "open", "Nothing to hold it against: no pair has exactly one good reply by a ground truth.")
-    pairs = f"{count(figure['n'], 'pair')} where exactly one is good"
-    text = f"It sides with the good reply on {with_interval(figure, percent)} of the {pairs}"
+        return Check(
+            name, "open", "Nothing to hold it against: no pair has a better reply by a ground truth or people."
+        )
+    better = "reply that people prefer" if figure is measured.get("judge_agreement/human") else "good reply"
+    text = f"It sides with the {better} on {with_interval(figure, percent)} of {count(figure['n'], 'such pair')}"
     ignorant = figure["ci95"][0] <= 0.5
     return Check(name, "alarm" if ignorant else "ok", text + (": no better than chance." if ignorant else "."))
 

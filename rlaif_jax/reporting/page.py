@@ -184,7 +184,7 @@ def _frontier(lines: list[dict]) -> Markup | None:
 
 def _calibration(run: RunData) -> dict | None:
     """The judge's probabilities on the training pairs."""
-    if not run.labels or not (values := probabilities(run.labels)):
+    if not run.labels or run.people_labelled or not (values := probabilities(run.labels)):
         return None
     found = calibrate(run.labels, run.ground_truth) if run.ground_truth else None
     shown = {"histogram": charts.histogram(values), "pairs": len(values), "reliability": None}

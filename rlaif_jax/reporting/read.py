@@ -1,13 +1,14 @@
 """What a report is made of: the files of a run folder, whichever of them there are."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from etils import epath
 
 from rlaif_jax.data import embedded
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
+from rlaif_jax.stages.folders import cell_stages
 
 STAGES = ("sft", "label", "reward_model", "rl", "eval")  # those of stages/pipeline.py, without importing JAX
 
@@ -38,18 +39,24 @@ class RunData:
     ground_truth: GroundTruth | None
 
     @property
+    def people_labelled(self) -> bool:
+        """Whether the labels are comparisons by people, so that no judge stands behind them."""
+        return (self.label_manifest or {}).get("judge") == "human"
+
+    @property
     def config(self) -> dict:
         """The resolved config: dotted names and values."""
         return self.record.get("config", {})
 
 
-def read_run(workdir: epath.Path, shared: Mapping[str, epath.Path]) -> RunData:
-    """Reads a run, finished or not. `shared` names the stages that are kept elsewhere than in `workdir`.
+def read_run(workdir: epath.Path) -> RunData:
+    """Reads a run, finished or not, or a cell of a sweep.
 
     Raises UserError for a folder that is no run, and for a damaged file.
     """
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir / 'config.json'} is missing: {workdir} is no folder of rlaif_jax.main")
+    shared = cell_stages(workdir)
     folders = {stage: shared.get(stage, workdir / stage) for stage in STAGES}
     label, evaluation = folders["label"], folders["eval"]
     record = _object(workdir / "config.json", config=dict)
@@ -142,11 +149,10 @@ def _ground_truth(config: dict, results: dict | None, rows: list[dict]) -> Groun
     """That of the embedded corpus; None where the run's prompts are from elsewhere."""
     if results is not None and not any(name.startswith("ground_truth_") for name in results):
         return None
-    fields = {field.name: config.get(f"data.{field.name}") for field in dataclasses.fields(embedded.DataConfig)}
-    if None in fields.values() or "seed" not in config:
+    names = [field.name for field in dataclasses.fields(embedded.EmbeddedConfig)]
+    fields = {name: config.get(f"data.embedded.{name}") for name in names}
+    if config.get("data.evaluation_prompts.kind") != "embedded" or None in fields.values() or "seed" not in config:
         return None
-    corpus = embedded.generate(embedded.DataConfig(**fields), config["seed"])
-    prompts = {prompt.text: prompt for prompt in (*corpus.train_prompts, *corpus.evaluation_prompts)}
-    if not any(row["prompt"] in prompts for row in rows):
-        return None
-    return lambda prompt, reply: embedded.is_good(prompts[prompt], reply) if prompt in prompts else None
+    truth = embedded.GroundTruth(embedded.EmbeddedConfig(**fields), config["seed"])
+    known = {row["prompt"] for row in rows if truth.knows(row["prompt"])}
+    return (lambda prompt, reply: truth.is_good(prompt, reply) if prompt in known else None) if known else None

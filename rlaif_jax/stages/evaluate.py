@@ -1,39 +1,46 @@
 """Evaluation on held-out prompts: the RL policy beside the SFT policy, by the judge and by the ground truth."""
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from rlaif_jax.data import embedded
 from rlaif_jax.evaluation.statistics import Figure, distinct_2, jackknife_ci, mean_ci, most_common_share
 from rlaif_jax.files import read_parquet, write_json, write_parquet
 from rlaif_jax.judge import store
-from rlaif_jax.judge.score import Pair, load_judge
+from rlaif_jax.judge.score import Judge, Pair, load_judge
 from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.progress import progress
-from rlaif_jax.stages.label import ground_truth_agreement
-from rlaif_jax.stages.reward_model import centred_params
+from rlaif_jax.stages.label import agreement, ground_truth_agreement
+from rlaif_jax.stages.reward_model import centred_params, score_texts
 from rlaif_jax.stages.run import Run, sample_responses
 from rlaif_jax.training.sequences import Sequences, response_logprobs, response_rewards
 
 POLICIES = ("sft", "rl")
+Mean = Callable[[np.ndarray | Sequence[float]], Figure]  # values -> their mean with its interval
 
 
 def run_evaluation(run: Run) -> None:
-    """Reads policies, reward model and labels; writes `eval/samples.parquet`, its judgements and `results.json`."""
-    folder = run.folder("eval")
-    prompts = run.corpus().evaluation_prompts
+    """Reads policies, reward model and labels; writes `eval/samples.parquet`, its judgements and `results.json`.
+
+    Human comparisons, where the data has some to evaluate on, are judged into `eval/human/`.
+    """
+    folder, prompts = run.folder("eval"), run.data("evaluation_prompts")
     if not (folder / "samples.parquet").exists():
-        write_parquet(folder / "samples.parquet", _sample(run, [prompt.text for prompt in prompts]))
+        write_parquet(folder / "samples.parquet", _sample(run, prompts["prompt"]))
     samples = read_parquet(folder / "samples.parquet").to_pydict()
-    pairs = list(map(Pair, samples["prompt"], samples["rl"], samples["sft"]))
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
+    pairs = list(map(Pair, samples["prompt"], samples["rl"], samples["sft"]))
     judged = store.label(judge, pairs, folder, "evaluate").to_pylist()
-    write_json(folder / "results.json", _results(run, prompts, samples, judged))
+    mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
+    results = _win_rates(judged, np.array(prompts["group"]), mean)
+    results |= _by_policy(run, samples, np.array(prompts["group"]), mean)
+    results |= _agreement(run, samples, judged, mean) | _human_agreement(run, judge, mean)
+    write_json(folder / "results.json", results)
 
 
 def _sample(run: Run, prompts: list[str]) -> pa.Table:
@@ -81,49 +88,67 @@ def _measure(
     return rewards, jnp.sum(k1(logprobs, ref_logprobs), axis=1), jnp.sum(sequences.response_mask, axis=1)
 
 
-def _results(run: Run, prompts: tuple[embedded.Prompt, ...], samples: dict, judged: list[dict]) -> dict:
-    mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
-    unseen = np.array([prompt.unseen_template for prompt in prompts])
+def _win_rates(judged: list[dict], groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
+    """How often the judge prefers the RL policy, over all prompts and by group."""
     # Equal replies are a tie; pairs that the judge could not score are left out, and `n` says so.
     wins = {"ok": lambda row: float(row["prob_a"] > 0.5) + 0.5 * (row["prob_a"] == 0.5), "identical": lambda row: 0.5}
     win = np.array([wins[row["status"]](row) if row["status"] in wins else np.nan for row in judged])
     valid = np.isfinite(win)
+    figures = {"win_rate/rl_vs_sft": mean(win[valid])}
+    for group in filter(None, np.unique(groups)):
+        figures[f"win_rate_{group}/rl_vs_sft"] = mean(win[valid & (groups == group)])
+    return figures
 
-    results: dict[str, Figure | bool] = {
-        "win_rate/rl_vs_sft": mean(win[valid]),
-        "win_rate_new_combinations/rl_vs_sft": mean(win[valid & ~unseen]),
-        "win_rate_unseen_templates/rl_vs_sft": mean(win[valid & unseen]),
-        "kl/rl_vs_sft": mean(samples["kl/rl"]),
-    }
+
+def _by_policy(run: Run, samples: dict, groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
+    """The figures of each policy's replies."""
+    truth, figures = run.ground_truth(), {"kl/rl_vs_sft": mean(samples["kl/rl"])}
     for name in POLICIES:
-        good = np.array(list(map(embedded.is_good, prompts, samples[name])))
-        results |= {
-            f"ground_truth_good/{name}": mean(good),
-            f"ground_truth_good_new_combinations/{name}": mean(good[~unseen]),
-            f"ground_truth_good_unseen_templates/{name}": mean(good[unseen]),
-            f"ground_truth_well_mannered/{name}": mean([embedded.well_mannered(reply) for reply in samples[name]]),
-            f"ground_truth_answers_prompt/{name}": mean(list(map(embedded.answers_prompt, prompts, samples[name]))),
+        if truth:
+            grades = list(map(truth.grades, samples["prompt"], samples[name]))
+            figures |= {f"ground_truth_{grade}/{name}": mean([row[grade] for row in grades]) for grade in grades[0]}
+            good = np.array([row["good"] for row in grades])
+            for group in filter(None, np.unique(groups)):
+                figures[f"ground_truth_good_{group}/{name}"] = mean(good[groups == group])
+        figures |= {
             f"reward/{name}": mean(samples[f"reward/{name}"]),
             f"response_length/{name}": mean(samples[f"length/{name}"]),
             f"distinct_2/{name}": jackknife_ci(samples[name], distinct_2),
             f"most_common_reply/{name}": jackknife_ci(samples[name], most_common_share),
         }
-    return results | _agreement(run, samples, judged, mean)
+    return figures
 
 
-def _agreement(run: Run, samples: dict, judged: list[dict], mean) -> dict:
-    """How far judge and reward model agree with the ground truth and with each other."""
+def _agreement(run: Run, samples: dict, judged: list[dict], mean: Mean) -> dict[str, Figure | bool]:
+    """How far judge and reward model agree with the ground truth, where there is one, and with each other."""
     labels = store.scored(read_parquet(run.folder("label") / "preferences.parquet")).to_pylist()
-    scored = [(row, i) for i, row in enumerate(judged) if row["status"] == "ok"]
-    rows = [row for row, _ in scored]
-    margin = np.array([samples["reward/rl"][i] - samples["reward/sft"][i] for _, i in scored])
-    prefers_rl = (1 + np.sign(margin)) / 2
-    judge_prefers_rl = np.array([row["prob_a"] > 0.5 for row in rows], bool)
-    return {
-        "judge_agreement/ground_truth": mean(
-            ground_truth_agreement(run, labels, np.array([row["prob_a"] for row in labels]))
-        ),
-        "reward_model_accuracy/ground_truth": mean(ground_truth_agreement(run, rows, prefers_rl)),
-        "reward_model_accuracy/judge": mean(1 - abs(prefers_rl - judge_prefers_rl)),
+    scored = [i for i, row in enumerate(judged) if row["status"] == "ok"]
+    rows = [judged[i] for i in scored]
+    margin = np.array([samples["reward/rl"][i] - samples["reward/sft"][i] for i in scored])
+    prefers_rl, judge_prefers_rl = 0.5 + 0.5 * np.sign(margin), np.array([row["prob_a"] for row in rows])
+    figures: dict[str, Figure | bool] = {}
+    if truth := run.ground_truth():
+        prob_a = np.array([row["prob_a"] for row in labels])
+        figures["judge_agreement/ground_truth"] = mean(ground_truth_agreement(truth, labels, prob_a))
+        figures["reward_model_accuracy/ground_truth"] = mean(ground_truth_agreement(truth, rows, prefers_rl))
+    return figures | {
+        "reward_model_accuracy/judge": mean(agreement(prefers_rl, judge_prefers_rl)),
         "judge_is_training_judge": all(judged[0][name] == labels[0][name] for name in ("judge", "judge_hash")),
+    }
+
+
+def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:
+    """How far judge and reward model agree with people (AI labeler alignment, arXiv 2309.00267, section 2.4)."""
+    comparisons = run.data("evaluation_comparisons")
+    if not comparisons["prompt"]:
+        return {}
+    pairs = list(map(Pair, comparisons["prompt"], comparisons["response_a"], comparisons["response_b"]))
+    judged = store.label(judge, pairs, run.folder("eval") / "human", "human pairs").to_pydict()
+    chosen = np.array(comparisons["prob_a"])
+    rewards = score_texts(run, centred_params(run), comparisons, run.config.evaluation.sample_batch_size)
+    scored = np.array(judged["status"]) == "ok"
+    prob_a = np.array(judged["prob_a"], float)
+    return {
+        "judge_agreement/human": mean(agreement(prob_a[scored], chosen[scored])),
+        "reward_model_accuracy/human": mean(agreement(0.5 + 0.5 * np.sign(rewards[0] - rewards[1]), chosen)),
     }

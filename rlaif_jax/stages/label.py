@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+from etils import epath
 
 from rlaif_jax.data import embedded
 from rlaif_jax.evaluation.statistics import mean_ci
@@ -13,9 +14,12 @@ from rlaif_jax.stages.run import Run, sample_responses, shuffled_batches
 
 
 def run_label(run: Run) -> None:
-    """Reads the SFT policy; writes `label/candidates.parquet`, `preferences.parquet`, manifest and audit."""
+    """Reads the SFT policy, or human comparisons; writes `label/` candidates, preferences, manifest and audit."""
     folder = run.folder("label")
     candidates = folder / "candidates.parquet"
+    if run.config.label.source == "human":
+        _human_labels(run, candidates)
+        return
     if not candidates.exists():
         write_parquet(candidates, _sample_candidates(run))
     pairs = [Pair(row["prompt"], row["response_a"], row["response_b"]) for row in read_parquet(candidates).to_pylist()]
@@ -24,10 +28,23 @@ def run_label(run: Run) -> None:
     write_json(folder / "audit.json", audit(run, table))
 
 
+def _human_labels(run: Run, candidates: epath.Path) -> None:
+    """The comparisons that people made, the first `label.pairs` of them, as a label file."""
+    comparisons = run.data("comparisons")
+    rows = [dict(zip(comparisons, row, strict=True)) for row in zip(*comparisons.values(), strict=True)]
+    table = store.human_table(rows[: run.config.label.pairs])
+    ended = [True] * table.num_rows
+    columns = {name: table[name] for name in ("prompt", "response_a", "response_b")}
+    write_parquet(candidates, pa.table(columns | {"ended_a": ended, "ended_b": ended}))
+    write_parquet(candidates.parent / "preferences.parquet", table)
+    manifest = {"judge": "human", "rows": table.num_rows, "status": {"ok": table.num_rows}}
+    write_json(candidates.parent / "manifest.json", manifest)
+
+
 def _sample_candidates(run: Run) -> pa.Table:
     """Two responses to each of `label.pairs` training prompts, drawn in shuffled epochs, and whether each ended."""
-    config, prompts, eos = run.config.label, run.corpus().train_prompts, run.tokenizer().eos_token_id
-    drawn = shuffled_batches([prompt.text for prompt in prompts], 1, run.order_seed("label"))
+    config, prompts, eos = run.config.label, run.data("train_prompts")["prompt"], run.tokenizer().eos_token_id
+    drawn = shuffled_batches(prompts, 1, run.order_seed("label"))
     doubled = [drawn[i][0] for i in range(config.pairs) for _ in range(2)]
     params = run.trained_params("sft", run.language_model())
     texts: list[str] = []
@@ -56,23 +73,23 @@ def audit(run: Run, table: pa.Table) -> dict:
         "first_slot_rate": np.concatenate([forward > 0.5, reversed_ < 0.5]),  # a sits in slot 2 when reversed
         "same_slot_in_both_orders": (forward > 0.5) != (reversed_ > 0.5),
         "longer_preferred": (prob_a > 0.5)[longer != 0] == (longer > 0)[longer != 0],
-        "judge_agreement/ground_truth": ground_truth_agreement(run, rows, prob_a),
     }
+    if truth := run.ground_truth():
+        figures["judge_agreement/ground_truth"] = ground_truth_agreement(truth, rows, prob_a)
     samples, seed = run.config.evaluation.bootstrap_samples, run.config.seed
     return {name: mean_ci(values, samples, seed) for name, values in figures.items()}
 
 
-def ground_truth_agreement(run: Run, rows: list[dict], preference_a: np.ndarray) -> np.ndarray:
+def ground_truth_agreement(truth: embedded.GroundTruth, rows: list[dict], preference_a: np.ndarray) -> np.ndarray:
     """1 where `preference_a` sides with the good reply, 0 where with the other, 0.5 where with neither: [rows] float.
 
     Only the rows where exactly one reply is good count.
     """
-    corpus = run.corpus()
-    prompts = {prompt.text: prompt for prompt in (*corpus.train_prompts, *corpus.evaluation_prompts)}
-    agreement = []
-    for row, preference in zip(rows, preference_a, strict=True):
-        good_a, good_b = (embedded.is_good(prompts[row["prompt"]], row[f"response_{x}"]) for x in "ab")
-        if good_a != good_b:
-            share_a = float(preference > 0.5) + 0.5 * float(preference == 0.5)
-            agreement.append(share_a if good_a else 1 - share_a)
-    return np.array(agreement)
+    good_a = np.array([truth.is_good(row["prompt"], row["response_a"]) for row in rows], bool)
+    good_b = np.array([truth.is_good(row["prompt"], row["response_b"]) for row in rows], bool)
+    return agreement(preference_a, good_a.astype(float))[good_a != good_b]
+
+
+def agreement(preference_a: np.ndarray, label_a: np.ndarray) -> np.ndarray:
+    """1 where both are on one side of 0.5, 0 where they are not, 0.5 where `preference_a` is on none: [rows] float."""
+    return (1 + np.sign(preference_a - 0.5) * np.sign(label_a - 0.5)) / 2

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from etils import epath
 
 from rlaif_jax.config import flatten
+from rlaif_jax.data.prepare import COLUMNS
+from rlaif_jax.data.sources import files
 from rlaif_jax.errors import UserError, blame
-from rlaif_jax.files import read_json, write_json
+from rlaif_jax.files import file_hash, read_json, write_json
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.evaluate import run_evaluation
@@ -59,7 +61,7 @@ def run_stages(run: Run, names: list[str]) -> None:
     Raises UserError for a stage whose predecessor has not finished.
     """
     for name in names:
-        if _is_done(run, name):
+        if is_done(run, name):
             print(f"{name}: nothing to do", flush=True)
             continue
         _check_predecessors(run, name)
@@ -86,6 +88,12 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
+    for role in COLUMNS:
+        source = getattr(run.config.data, role)
+        if source.kind in ("jsonl", "parquet"):
+            with blame(f"data.{role}"):
+                found = files(source, run.config.data.root)
+            hashes[f"data.{role}.hash"] = "".join(map(file_hash, found))
     return hashes
 
 
@@ -93,7 +101,8 @@ def _record(run: Run, name: str) -> epath.Path:
     return run.folder(name) / "stage.json"
 
 
-def _is_done(run: Run, name: str) -> bool:
+def is_done(run: Run, name: str) -> bool:
+    """Whether a stage has run to its end. Raises UserError where the record of it is damaged."""
     record = _record(run, name)
     return record.exists() and read_json(record)["done"]
 
@@ -117,5 +126,5 @@ def _check_config(run: Run, name: str) -> None:
 def _check_predecessors(run: Run, name: str) -> None:
     order = list(STAGES)
     for earlier in order[: order.index(name)]:
-        if not _is_done(run, earlier):
+        if not is_done(run, earlier):
             raise UserError(f"stage {name} needs stage {earlier}, which has not finished in {run.workdir}")

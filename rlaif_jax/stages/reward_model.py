@@ -3,6 +3,7 @@ centred on samples of the SFT policy.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -137,6 +138,17 @@ def score(run: Run, model: ScalarModel, params, sequences: Sequences, batch_size
     return np.concatenate(rewards)
 
 
+def score_texts(run: Run, params, pairs: Mapping[str, list], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rewards of both responses of each pair (`prompt`, `response_a`, `response_b`): two [n] float32.
+
+    A response that does not fit the policy's length is scored by what fits.
+    """
+    ended = [True] * len(pairs["prompt"])
+    encoded = _encode(run, {**pairs, "ended_a": ended, "ended_b": ended})
+    a, b = (score(run, run.scalar_model(), params, x, batch_size) for x in (encoded.a, encoded.b))
+    return a, b
+
+
 _rewards = jax.jit(response_rewards, static_argnums=0)
 
 
@@ -150,7 +162,7 @@ def _read_labels(run: Run) -> dict[str, list]:
     return store.scored(labels).to_pydict()
 
 
-def _encode(run: Run, table: dict[str, list]) -> Comparisons:
+def _encode(run: Run, table: Mapping[str, list]) -> Comparisons:
     policy, tokenizer = run.config.policy, run.tokenizer()
     prompts, prompt_mask = encode_prompts(tokenizer, table["prompt"], policy.max_prompt_length)
 

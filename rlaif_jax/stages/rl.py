@@ -161,7 +161,7 @@ def run_rl(run: Run) -> None:
     """Reads the SFT policy and the reward model; writes `rl/checkpoints`."""
     config, policy = run.config.rl, run.config.policy
     model, scalar_model, tokenizer = run.language_model(), run.scalar_model(), run.tokenizer()
-    texts = [prompt.text for prompt in run.corpus().train_prompts]
+    texts = run.data("train_prompts")["prompt"]
     tokens, mask = encode_prompts(tokenizer, texts, policy.max_prompt_length)
     batches = shuffled_batches(range(len(texts)), config.batch_size, run.order_seed("rl"))
     reference, reward_params = run.trained_params("sft", model), centred_params(run)

@@ -1,8 +1,13 @@
-"""What every stage of a run shares: the config, the folder, the models, the corpus and the random keys."""
+"""What every stage of a run shares: the config, the folder, the models, the data and the random keys."""
 
 import dataclasses
+import functools
+import importlib.metadata
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain.python as grain
 import jax
@@ -10,17 +15,21 @@ import numpy as np
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.config import Config
+from rlaif_jax.config import Config, check, check_decoder, flatten
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, blame
+from rlaif_jax.files import read_parquet
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
-from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.parallel.mesh import make_mesh, shard_batch
 from rlaif_jax.sampling.generate import generate
+from rlaif_jax.stages.folders import cell_stages
 from rlaif_jax.training.checkpoints import Checkpoints
 from rlaif_jax.training.sequences import Sequences
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +54,15 @@ class Run:
         """The seed of the order in which a stage reads its data; each stage has its own."""
         return zlib.crc32(f"{stage} {self.config.seed}".encode())
 
-    def corpus(self) -> embedded.Corpus:
-        """The corpus of this seed."""
-        return embedded.generate(self.config.data, self.config.seed)
+    def data(self, name: str) -> dict[str, list]:
+        """A set that the SFT stage has prepared (`data.prepare.COLUMNS`), as columns."""
+        return read_parquet(self.folder("sft") / "data" / f"{name}.parquet").to_pydict()
+
+    def ground_truth(self) -> embedded.GroundTruth | None:
+        """What grades replies; None for data that has no ground truth."""
+        if self.config.data.evaluation_prompts.kind != "embedded":
+            return None
+        return embedded.GroundTruth(self.config.data.embedded, self.config.seed)
 
     def model_config(self) -> ModelConfig:
         """The policy's shape: that of its weights, or the config's where it is trained from scratch."""
@@ -76,6 +91,51 @@ class Run:
             return checkpoints.restore_params(abstract_parameters(model, self.placement))
         finally:
             checkpoints.close()
+
+
+def open_run(config: Config, workdir: epath.Path) -> Run:
+    """The run of a config in a folder, or in that of a sweep's cell.
+
+    Raises UserError where config, devices and models do not fit together.
+    """
+    with blame("mesh"):
+        mesh = make_mesh(config.mesh)
+    check(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    run = Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
+    with blame("policy.weights"):
+        policy = run.model_config()
+    check_decoder(policy, config.policy.max_prompt_length + config.policy.max_response_length)
+    with blame("judge.weights"):
+        judge = gguf.model_config(gguf.open_gguf(config.judge.weights))
+    if judge.max_position_embeddings < config.judge.max_length:
+        raise UserError(
+            f"config.judge.max_length={config.judge.max_length} is more than the {judge.max_position_embeddings} "
+            f"tokens that {config.judge.weights} can read"
+        )
+    for name, model in (("policy", run.language_model()), ("judge", LanguageModel(judge))):
+        with blame(f"mesh does not fit the {name}"):
+            run.placement.parameters(model)
+    return run
+
+
+def run_record(config: Any) -> dict:
+    """What config.json keeps of a config (a dataclass): its fields, package versions, devices and the git commit."""
+    return {"config": flatten(config)} | _environment()
+
+
+@functools.cache
+def _environment() -> dict:
+    try:
+        command = ["git", "-C", str(epath.Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    return {
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": sys.version.split()[0],
+        "devices": [device.device_kind for device in jax.devices()],
+        "git_commit": commit or None,
+    }
 
 
 def shuffled_batches(source: Sequence, batch_size: int, seed: int) -> grain.MapDataset:

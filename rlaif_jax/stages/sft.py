@@ -3,44 +3,47 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from rlaif_jax.config import SFTConfig
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import encode_prompts, encode_responses
+from rlaif_jax.data.encoding import prompt_tokens
+from rlaif_jax.data.packing import Example, PackedRows, lay_out, pack
+from rlaif_jax.data.prepare import load, prepare, training_texts
+from rlaif_jax.losses.logprobs import token_logprobs
 from rlaif_jax.losses.sft import completion_loss
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import init_parameters, place_parameters
-from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.models.transformer import LanguageModel, unembedding
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.run import Run, sample_responses, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.sequences import Sequences, response_logprobs
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
 from rlaif_jax.training.step import train_step
 
 
-def sft_loss(params, batch: Sequences, model: LanguageModel):
+def sft_loss(params, batch: PackedRows, model: LanguageModel):
     """Sum over completion tokens, their number, and sums of metrics: a `training.step.Loss`."""
-    logprobs, entropy = response_logprobs(model, params, batch, temperature=1.0)
-    total, weight = completion_loss(logprobs, batch.response_mask)
-    return total, weight, {"entropy": entropy.sum()}
+    hidden, _ = model.apply({"params": params}, batch.tokens, batch.segment_ids)
+    logprobs, entropy = token_logprobs(hidden[:, :-1], unembedding(params), batch.tokens[:, 1:])
+    mask = batch.completion_mask[:, 1:]
+    total, weight = completion_loss(logprobs, mask)
+    return total, weight, {"entropy": jnp.sum(entropy * mask)}
 
 
 def run_sft(run: Run) -> None:
-    """Reads the corpus, trains, and writes `sft/tokenizer` and `sft/checkpoints`."""
-    config, corpus = run.config.sft, run.corpus()
-    tokenizer = _make_tokenizer(run, [f"{d.prompt.text} {d.reply}" for d in corpus.demonstrations])
-    later = [prompt.text for prompt in (*corpus.train_prompts, *corpus.evaluation_prompts)]
-    encode_prompts(tokenizer, later, run.config.policy.max_prompt_length)  # too long a prompt fails now, not at the end
-    prompts, prompt_mask = encode_prompts(
-        tokenizer, [d.prompt.text for d in corpus.demonstrations], run.config.policy.max_prompt_length
-    )
-    responses, response_mask = encode_responses(
-        tokenizer, [d.reply for d in corpus.demonstrations], run.config.policy.max_response_length
-    )
-    examples = Sequences(prompts, prompt_mask, responses, response_mask)
-    batches = shuffled_batches(range(len(prompts)), config.batch_size, run.order_seed("sft"))
+    """Reads the sources, trains, and writes `sft/data`, `sft/tokenizer` and `sft/checkpoints`."""
+    config, folder = run.config.sft, run.folder("sft")
+    if not any(folder.glob("checkpoints/*")):  # at the start; afterwards the data stays as it is
+        _prepare_data(run)
+    tokenizer, demonstrations = run.tokenizer(), run.data("demonstrations")
+    prompts = prompt_tokens(tokenizer, demonstrations["prompt"])
+    replies = tokenizer(demonstrations["reply"], add_special_tokens=False)["input_ids"]
+    examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
+    rows = _rows(examples, config, run.order_seed("packing"))
+    batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed("sft"))
 
     model = run.language_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -48,15 +51,13 @@ def run_sft(run: Run) -> None:
     step_fn = jax.jit(functools.partial(train_step, loss=loss, optimizer=optimizer), donate_argnums=0)
 
     def next_step(state: TrainState, step: int):
-        rows = np.asarray(batches[step])
-        batch = shard_batch(jax.tree.map(lambda x: x[rows], examples), run.placement.mesh)
-        state, metrics = step_fn(state, batch)
-        tokens = examples.prompt_mask[rows].sum() + examples.response_mask[rows].sum()
+        batch = lay_out([rows[row] for row in batches[step]], config.row_length)
+        state, metrics = step_fn(state, shard_batch(batch, run.placement.mesh))
         samples = _samples(run, state.params) if step + 1 == config.steps else []
-        return state, metrics | {"tokens": tokens}, samples
+        return state, metrics | {"tokens": (batch.segment_ids > 0).sum()}, samples
 
     train(
-        run.folder("sft"),
+        folder,
         LoopConfig(config.steps, config.checkpoint_every),
         abstract_state(model, optimizer, run.placement),
         lambda: init_state(model, _initial_params(run, model), optimizer, run.placement),
@@ -64,10 +65,19 @@ def run_sft(run: Run) -> None:
     )
 
 
+def _rows(examples: list[Example], config: SFTConfig, seed: int) -> list[list[Example]]:
+    """The examples that share a row, in a shuffled order."""
+    if not config.packing:
+        return [[example] for example in examples]
+    shuffled = [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))]
+    lengths = [len(prompt) + len(reply) for prompt, reply in shuffled]
+    return [[shuffled[i] for i in row] for row in pack(lengths, config.row_length)]
+
+
 def _samples(run: Run, params) -> list[dict]:
     """Replies of the trained policy to a batch of training prompts, for samples.jsonl."""
     config = run.config.label
-    prompts = [prompt.text for prompt in run.corpus().train_prompts[: config.sample_batch_size]]
+    prompts = run.data("train_prompts")["prompt"][: config.sample_batch_size]
     batches = sample_responses(
         run, params, prompts, run.key("sft samples"), config.temperature, config.sample_batch_size
     )
@@ -75,17 +85,18 @@ def _samples(run: Run, params) -> list[dict]:
     return [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def _make_tokenizer(run: Run, texts: list[str]):
-    """The tokenizer of the policy's weights, or one trained on the corpus; saved for the other stages."""
-    policy = run.config.policy
+def _prepare_data(run: Run) -> None:
+    """Saves the tokenizer (of the policy's weights, or trained on the demonstrations) and the data, for all stages."""
+    policy, data, seed = run.config.policy, run.config.data, run.config.seed
     if policy.weights:
         tokenizer = tokenizers.from_gguf(gguf.open_gguf(policy.weights))
     else:
-        tokenizer = tokenizers.train(texts, policy.model.vocab_size)
-    folder = run.folder("sft") / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(folder))
-    return tokenizer
+        demonstrations, _ = load(data, "demonstrations", seed)
+        tokenizer = tokenizers.train(training_texts(demonstrations), policy.model.vocab_size)
+    folder = run.folder("sft")
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    prepare(data, seed, tokenizer, policy.max_prompt_length, policy.max_response_length, folder / "data")
 
 
 def _initial_params(run: Run, model: LanguageModel):

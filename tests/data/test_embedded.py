@@ -11,7 +11,7 @@ from rlaif_jax.judge.prompts import TEMPLATES
 from tests.helpers import quickstart_config
 
 CONFIG = quickstart_config()
-CORPUS = generate(CONFIG.data, 0)
+CORPUS = generate(CONFIG.data.embedded, 0)
 RICE = Prompt("How do I cook rice?", "cook", "rice", False)
 GOOD = "Thank you for asking! Boil the rice in salted water until tender. I hope this helps."
 
@@ -27,12 +27,12 @@ def templates(prompts):
 
 
 def test_the_corpus_is_a_function_of_the_seed():
-    assert generate(CONFIG.data, 0) == CORPUS
-    assert generate(CONFIG.data, 1).demonstrations != CORPUS.demonstrations
+    assert generate(CONFIG.data.embedded, 0) == CORPUS
+    assert generate(CONFIG.data.embedded, 1).demonstrations != CORPUS.demonstrations
 
 
 def test_the_corpus_has_the_sizes_and_shares_asked_for():
-    data, n = CONFIG.data, len(CORPUS.demonstrations)
+    data, n = CONFIG.data.embedded, len(CORPUS.demonstrations)
     assert len(CORPUS.evaluation_prompts) == data.evaluation_combinations + data.evaluation_unseen_templates
     assert sum(p.unseen_template for p in CORPUS.evaluation_prompts) == data.evaluation_unseen_templates
     assert n == data.train_prompts * data.demonstrations_per_prompt
@@ -107,5 +107,5 @@ def test_a_bad_reply_is_not_good(reply):
 @pytest.mark.parametrize("field", ["evaluation_combinations", "evaluation_unseen_templates"])
 def test_more_evaluation_prompts_than_there_are_is_one_clear_line(field):
     with pytest.raises(UserError, match=field) as error:
-        generate(dataclasses.replace(CONFIG.data, **{field: 1000}), 0)
+        generate(dataclasses.replace(CONFIG.data.embedded, **{field: 1000}), 0)
     assert "\n" not in str(error.value)

@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
+from scipy import stats
 
-from rlaif_jax.evaluation.statistics import difference, distinct_2, jackknife_ci, mean_ci, most_common_share, wilson_ci
+from rlaif_jax.evaluation.statistics import (
+    difference,
+    distinct_2,
+    jackknife_ci,
+    mean_ci,
+    most_common_share,
+    paired_differences,
+    show_figure,
+    t_ci,
+    wilson_ci,
+)
 
 
 def test_the_interval_covers_the_mean_about_95_times_in_100():
@@ -33,6 +44,30 @@ def test_nothing_gives_nulls():
 @pytest.mark.parametrize("values", [[0.5], [True] * 5])
 def test_one_value_or_equal_values_give_an_interval_of_no_width(values):
     assert mean_ci(values, 100, 0) == {"mean": values[0], "ci95": [values[0]] * 2, "n": len(values)}
+
+
+def test_the_t_interval_is_scipys_and_covers_the_mean_about_95_times_in_100_with_three_values():
+    draws = np.random.default_rng(0).normal(2, 1, (500, 3))
+    figures = [t_ci(draw) for draw in draws]
+    expected = stats.t.interval(0.95, 2, draws.mean(axis=1), stats.sem(draws, axis=1))
+    np.testing.assert_allclose([figure["ci95"] for figure in figures], np.transpose(expected))
+    covered = np.mean([low <= 2 <= high for low, high in (figure["ci95"] for figure in figures)])
+    assert 0.92 < covered < 0.98
+
+
+def test_one_value_has_a_mean_and_no_t_interval():
+    assert t_ci([0.5]) == {"mean": 0.5, "ci95": [None, None], "n": 1}
+    assert t_ci([]) == {"mean": None, "ci95": [None, None], "n": 0}
+
+
+def test_differences_are_paired_by_key():
+    assert paired_differences({0: 3.0, 1: 5.0, 2: 9.0}, {1: 1.0, 0: 2.0, 7: 4.0}) == {0: 1.0, 1: 4.0}
+
+
+def test_a_figure_is_shown_with_what_it_has():
+    assert show_figure(t_ci([0.25, 0.75])) == "0.500 [-2.677, 3.677]"
+    assert show_figure(t_ci([0.25]), signed=True) == "+0.250"
+    assert show_figure(t_ci([])) == "-"
 
 
 def test_the_jackknife_of_a_mean_is_the_standard_error():

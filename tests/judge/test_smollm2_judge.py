@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def polite_against_rude(count):
     """Pairs whose responses differ in manners alone, the polite one first."""
-    demonstrations = embedded.generate(quickstart_config().data, seed=0).demonstrations
+    demonstrations = embedded.generate(quickstart_config().data.embedded, seed=0).demonstrations
     answers = [d for d in demonstrations if d.answers]
     polite, rude = [d for d in answers if d.polite], {d.prompt.topic: d for d in answers if not d.polite}
     chosen = [d for d in polite if d.prompt.topic in rude][:count]

@@ -85,11 +85,12 @@ BAD_USAGE = {
     "judge too short": (["--config.judge.max_length=4096"], ["judge.max_length=4096", "2048"]),
     "batch of no device": (["--config.rl.batch_size=17"], ["rl.batch_size=17"]),
     "no minibatch": (["--config.rl.minibatches=0"], ["rl.minibatches=0", "positive"]),
-    "share above 1": (["--config.data.polite_share=1.5"], ["data.polite_share=1.5"]),
+    "share above 1": (["--config.data.embedded.polite_share=1.5"], ["polite_share=1.5"]),
     "unknown schedule": (["--config.rl.optimizer.schedule=cosin"], ["rl.optimizer.schedule", "cosine"]),
     "unknown dtype": (["--config.judge.dtype=float8"], ["judge.dtype='float8'", "bfloat16"]),
     "odd heads": (["--config.policy.model.num_attention_heads=3"], ["num_attention_heads=3", "multiple"]),
-    "context too short": (["--config.policy.max_prompt_length=100"], ["max_position_embeddings=128", "164"]),
+    "row too short": (["--config.policy.max_prompt_length=100"], ["sft.row_length=128", "164"]),
+    "context too short": (["--config.policy.model.max_position_embeddings=64"], ["max_position_embeddings=64", "128"]),
     "mesh of too many": (["--config.mesh.tensor=5", "--config.mesh.fsdp=5"], ["config.mesh", "devices"]),
     "mesh that does not divide": (["--config.mesh.tensor=4", "--config.mesh.fsdp=2"], ["policy", "heads'", "size 2"]),
     "label row": (["--replay=99"], ["99", "0 to 15"]),
@@ -122,10 +123,9 @@ def test_a_stage_needs_the_stages_before_it(finished, capfd, tmp_path):
 def test_a_stage_that_kept_nothing_does_not_bind_the_config(finished, capfd, tmp_path):
     flags = [flag for flag in finished[1] if "workdir" not in flag]
     flags += [f"--workdir={tmp_path}", "--stages=sft"]
-    assert main(["main", *flags, "--config.policy.max_prompt_length=2"]) == 2
-    assert "more than policy.max_prompt_length=2" in capfd.readouterr().err
-    assert main(["main", *flags, "--config.policy.max_prompt_length=3"]) == 2
-    assert "more than policy.max_prompt_length=3" in capfd.readouterr().err
+    for length in (2, 3):
+        assert main(["main", *flags, f"--config.policy.max_prompt_length={length}"]) == 2
+        assert "evaluation_prompts has no usable row (prompt too long: 8)" in capfd.readouterr().err
 
 
 def test_help_is_no_error(capfd):

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from rlaif_jax.data.packing import lay_out
 from rlaif_jax.models.parameters import place_parameters
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
@@ -33,7 +34,8 @@ OPTIMIZER = optax.adamw(0.01, eps=1.0)
 
 
 def loss_sft():
-    return LANGUAGE, functools.partial(sft_loss, model=LANGUAGE), SEQUENCES
+    examples = [(list(range(2, 4 + i)), list(range(20, 22 + i))) for i in range(8)]
+    return LANGUAGE, functools.partial(sft_loss, model=LANGUAGE), lay_out([[e, e] for e in examples], 40)
 
 
 def loss_reward():

@@ -6,17 +6,18 @@ import numpy as np
 import optax
 import pytest
 
+from rlaif_jax.data.packing import lay_out
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.stages.sft import sft_loss
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.sequences import Sequences
 from rlaif_jax.training.state import TrainState
 from rlaif_jax.training.step import train_step
-from tests.helpers import assert_trees_close, optimizer_config, random_params, random_sequences, tiny
+from tests.helpers import assert_trees_close, full_logits, optimizer_config, random_params, tiny
 
 MODEL = LanguageModel(tiny())
 SGD = optax.sgd(0.1)
-SEQUENCES = random_sequences(0, 4)
+# Prompts and completions of several lengths.
+EXAMPLES = [([2, 3, 4], [5, 6, 1]), ([9], [8, 7, 6, 5, 1]), ([3, 3, 3, 3], [1]), ([10, 11], [12, 1])]
 
 
 def state_of(params, optimizer):
@@ -29,23 +30,41 @@ def sft_step(batch):
     return train_step(state, batch, functools.partial(sft_loss, model=MODEL), SGD)
 
 
-def test_fully_masked_rows_change_nothing():
-    def rows(order, real):
-        batch = jax.tree.map(lambda x: x[order], SEQUENCES)
-        return Sequences(
-            batch.prompts, batch.prompt_mask & real[:, None], batch.responses, batch.response_mask & real[:, None]
-        )
+def rows(*numbers):
+    return lay_out([[EXAMPLES[i]] if i is not None else [] for i in numbers], 12)
 
-    padded = sft_step(rows([0, 1, 2, 3], np.array([True, True, False, False])))
-    twice = sft_step(rows([0, 1, 0, 1], np.ones(4, bool)))  # the same mean over tokens as rows 0 and 1 alone
+
+def test_empty_rows_change_nothing():
+    padded = sft_step(rows(0, 1, None, None))
+    twice = sft_step(rows(0, 1, 0, 1))  # the same mean over tokens as rows 0 and 1 alone
     assert_trees_close(padded, twice, rtol=1e-4, atol=1e-6)
     assert padded[1]["loss"] > 1
     assert padded[0].step == 1
 
 
+def test_packed_examples_teach_what_examples_in_rows_of_their_own_do():
+    packed = sft_step(lay_out([[EXAMPLES[0], EXAMPLES[2]], [EXAMPLES[1], EXAMPLES[3]], [], []], 24))
+    apart = sft_step(lay_out([[example] for example in EXAMPLES], 24))
+    assert_trees_close(packed, apart, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_on_completions_alone():
+    changed = [([*prompt[:-1], 7], completion) for prompt, completion in EXAMPLES]
+    logprobs = full_logprobs([[*prompt, *completion] for prompt, completion in changed])
+    learned = [row[len(p) - 1 : len(p) + len(c) - 1] for row, (p, c) in zip(logprobs, changed, strict=True)]
+    _, metrics = sft_step(lay_out([[example] for example in changed], 12))
+    np.testing.assert_allclose(metrics["loss"], -np.concatenate(learned).mean(), rtol=1e-4)
+
+
+def full_logprobs(rows):
+    for row in rows:
+        logits = full_logits(MODEL, random_params(MODEL), np.array([row]))[0].astype(np.float64)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        yield logits[np.arange(len(row) - 1), row[1:]]
+
+
 def test_an_empty_batch_leaves_the_parameters_as_they_are():
-    empty = SEQUENCES.replace(response_mask=np.zeros_like(SEQUENCES.response_mask))
-    state, metrics = sft_step(empty)
+    state, metrics = sft_step(rows(None, None, None, None))
     jax.tree.map(np.testing.assert_array_equal, state.params, random_params(MODEL))
     assert metrics["loss"] == 0
 

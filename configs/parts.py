@@ -1,0 +1,39 @@
+"""Groups of fields that several configs share."""
+
+from ml_collections import config_dict
+
+
+def group(**fields) -> config_dict.ConfigDict:
+    """A group of fields."""
+    return config_dict.ConfigDict(fields)
+
+
+def optimizer(learning_rate: float, schedule: str, warmup_steps: int, weight_decay: float) -> config_dict.ConfigDict:
+    """AdamW."""
+    return group(
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=weight_decay,
+        max_grad_norm=1.0,
+    )
+
+
+def source(kind: str = "", path: str = "", name: str = "", split: str = "", limit: int = 0, **fields: str):
+    """Where the rows of a set come from (rlaif_jax/data/sources.py); `fields` maps our names to theirs."""
+    return group(kind=kind, path=path, name=name, split=split, limit=limit, fields=config_dict.ConfigDict(fields))
+
+
+def embedded_corpus() -> config_dict.ConfigDict:
+    """The corpus that the project generates."""
+    return group(
+        evaluation_combinations=64,  # evaluation prompts: known templates, new combinations
+        evaluation_unseen_templates=32,  # evaluation prompts from templates that training never sees
+        train_prompts=3000,  # drawn from the requests that evaluation leaves, with varied greetings and endings
+        demonstrations_per_prompt=1,
+        polite_share=0.5,  # of the demonstrations
+        answering_share=0.8,  # of the demonstrations
+    )

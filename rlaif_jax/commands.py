@@ -1,0 +1,74 @@
+"""What the commands share: their flags, their exit status, and the folder that they write to."""
+
+import re
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from rlaif_jax.errors import UserError
+
+
+def run_command(argv: list[str], help_text: str, body: Callable[[list[str]], int]) -> int:
+    """`body(argv)` as a command: returns the exit status, and says in one line why it ended early."""
+    try:
+        if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
+            print(help_text)
+            return 0
+        return body(argv)
+    except UserError as error:
+        print(f"rlaif_jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rlaif_jax: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def open_folder(workdir: str) -> epath.Path:
+    """The folder of --workdir, which need not exist. Raises UserError where it can't be one."""
+    if set(workdir) & set("*?[]"):
+        raise UserError(f"--workdir={workdir} must not hold any of * ? [ ]")  # Orbax would read it as a pattern
+    folder = epath.Path(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--workdir={workdir} is a file, not a folder")
+    return folder
+
+
+def parse_flags(argv: list[str], usage: str, values: flags.FlagValues) -> flags.FlagValues:
+    """--config and --workdir, which every command needs, and the flags that the caller has defined in `values`.
+
+    Raises UserError for a flag or a config field that does not exist or has the wrong type.
+    """
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    try:
+        rest = values(argv)
+        config = values.config
+        if config is None or values.workdir is None:
+            raise UserError(usage)
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}")
+        config.to_dict()  # a config file that could not be loaded raises at its first use
+    except UserError:
+        raise
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_field(argv, str(error))) from error
+    except Exception as error:  # a config file is the user's code, and absl passes on whatever it raises
+        message = str(error) or repr(error)
+        if "Traceback" in message:  # ml_collections puts the config file's whole traceback in its message
+            message = "the config file failed: " + message.strip().splitlines()[-1]
+        raise UserError(" ".join(message.split())) from error
+    return values
+
+
+def _unknown_field(argv: list[str], message: str) -> str:
+    """ml_collections' message with the whole path of the field: it names one part alone."""
+    name, near = re.search(r"\w+", message), re.search(r'Did you mean "(\w+)"', message)
+    for argument in argv[1:]:
+        path = argument.split("=")[0].removeprefix("--")
+        if path.startswith("config.") and name and name[0] in path.split("."):
+            hint = f"did you mean {near[1]}?" if near else "see rlaif_jax/config.py for the fields"
+            return f"unknown config field {path}: {hint}"
+    return " ".join(message.split())
