@@ -40,6 +40,19 @@ def read_json(path: epath.Path):
         raise UserError(f"{path} is damaged ({error}): delete it and run the stage that writes it") from error
 
 
+def read_json_lines(path: epath.Path) -> list[dict]:
+    """Reads a file of one JSON object a line. Raises UserError where it is damaged."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # a kill can leave half a line at the end, which was never written
+            break
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"line {number} of {path} is damaged: delete that line") from error
+    return rows
+
+
 def read_parquet(path: epath.Path) -> pa.Table:
     """Reads a Parquet file. Raises UserError where it is damaged."""
     try:

@@ -11,6 +11,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_parquet, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import load_judge
+from rlaif_jax.report import write_report
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
 from rlaif_jax.stages.run import Run, open_run, run_record
 from rlaif_jax.summary import print_replay, print_summary
@@ -40,6 +41,7 @@ def _main(argv: list[str]) -> int:
         run_stages(run, stages)
     if "eval" in stages:
         print_summary(run)
+        print(f"report: {write_report(run.workdir)}")
     return 0
 
 

@@ -4,34 +4,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.score import Judge, Judgement, Pair
 from rlaif_jax.stages.run import Run
-
-# Printed in this order; a row shows the SFT policy beside the RL policy.
-_BY_POLICY = (
-    ("good replies (ground truth)", "ground_truth_good"),
-    ("  on new combinations", "ground_truth_good_new_combinations"),
-    ("  on unseen templates", "ground_truth_good_unseen_templates"),
-    ("  well-mannered", "ground_truth_well_mannered"),
-    ("  answers its prompt", "ground_truth_answers_prompt"),
-    ("reward", "reward"),
-    ("response length, tokens", "response_length"),
-    ("distinct bigrams", "distinct_2"),
-    ("most common reply", "most_common_reply"),
-)
-_SINGLE = (
-    ("judged win rate, RL over SFT", "win_rate/rl_vs_sft"),
-    ("  on new combinations", "win_rate_new_combinations/rl_vs_sft"),
-    ("  on unseen templates", "win_rate_unseen_templates/rl_vs_sft"),
-    ("KL of RL from SFT, nats a reply", "kl/rl_vs_sft"),
-    ("judge agrees with ground truth", "judge_agreement/ground_truth"),
-    ("reward model agrees with ground truth", "reward_model_accuracy/ground_truth"),
-    ("judge agrees with people", "judge_agreement/human"),
-    ("reward model agrees with people", "reward_model_accuracy/human"),
-    ("reward model agrees with judge", "reward_model_accuracy/judge"),
-)
 
 
 def print_summary(run: Run) -> None:
@@ -41,13 +18,13 @@ def print_summary(run: Run) -> None:
     table = Table(title=f"{escape(str(run.workdir))}: mean [95 % interval]", title_justify="left")
     for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
         table.add_column(column, justify=justify)
-    for label, name in _BY_POLICY:
+    for label, name in BY_POLICY:
         if f"{name}/sft" not in results:  # real data has no ground truth
             continue
         sft, rl = results[f"{name}/sft"], results[f"{name}/rl"]
         table.add_row(label, show_figure(sft), show_figure(rl), str(rl["n"]))
     table.add_section()
-    for label, name in _SINGLE:
+    for label, name in SINGLE:
         if name not in results:
             continue
         table.add_row(label, "", show_figure(results[name]), str(results[name]["n"]))

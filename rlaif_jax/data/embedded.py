@@ -349,6 +349,10 @@ class GroundTruth:
         corpus = generate(config, seed)
         self._prompts = {prompt.text: prompt for prompt in (*corpus.train_prompts, *corpus.evaluation_prompts)}
 
+    def knows(self, prompt: str) -> bool:
+        """Whether the corpus has this prompt."""
+        return prompt in self._prompts
+
     def is_good(self, prompt: str, reply: str) -> bool:
         """Whether the reply is good (`is_good`)."""
         return is_good(self._prompts[prompt], reply)

@@ -63,6 +63,24 @@ def jackknife_ci(items: Sequence, statistic: Callable[[Sequence], float]) -> Fig
     return {"mean": value, "ci95": [value - 1.96 * error, value + 1.96 * error], "n": n}
 
 
+def wilson_ci(successes: int, n: int) -> Figure:
+    """A proportion with Wilson's 95 % interval (1927), which holds for few trials and near 0 and 1. Needs n > 0."""
+    interval = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return {"mean": successes / n, "ci95": [float(interval.low), float(interval.high)], "n": n}
+
+
+def difference(new: Figure, old: Figure) -> Figure:
+    """`new` - `old` with a 95 % interval from those of the two (Zou and Donner, 2008), as if they were independent.
+
+    Where both are of the same prompts they mostly rise and fall together, and the interval is wider than it need be.
+    """
+    (low, high), (old_low, old_high) = new["ci95"], old["ci95"]
+    mean = new["mean"] - old["mean"]
+    below = np.hypot(new["mean"] - low, old_high - old["mean"])
+    above = np.hypot(high - new["mean"], old["mean"] - old_low)
+    return {"mean": mean, "ci95": [float(mean - below), float(mean + above)], "n": min(new["n"], old["n"])}
+
+
 def distinct_2(texts: Sequence[str]) -> float:
     """Distinct word bigrams over all word bigrams (Li et al., arXiv 1510.03055); 0 where there are none."""
     bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]  # noqa: B905

@@ -3,6 +3,7 @@ import pytest
 from scipy import stats
 
 from rlaif_jax.evaluation.statistics import (
+    difference,
     distinct_2,
     jackknife_ci,
     mean_ci,
@@ -10,6 +11,7 @@ from rlaif_jax.evaluation.statistics import (
     paired_differences,
     show_figure,
     t_ci,
+    wilson_ci,
 )
 
 
@@ -85,3 +87,23 @@ def test_distinct_2_is_the_share_of_distinct_bigrams(texts, share):
 @pytest.mark.parametrize(("texts", "share"), [(["a", "b", "a", "c"], 1 / 2), (["a"], 1), (["a", "b"], 1 / 2)])
 def test_most_common_share_is_the_share_of_the_most_frequent_text(texts, share):
     assert most_common_share(texts) == share
+
+
+def test_wilson_is_as_published_and_stays_between_0_and_1():
+    np.testing.assert_allclose(wilson_ci(81, 263)["ci95"], [0.2553, 0.3662], atol=5e-5)  # Newcombe (1998), table I
+    np.testing.assert_allclose(wilson_ci(0, 20)["ci95"], [0.0, 0.1611], atol=5e-5)
+    assert wilson_ci(10, 10) == {"mean": 1.0, "ci95": [pytest.approx(0.7225, abs=1e-4), 1.0], "n": 10}
+
+
+def test_a_difference_of_proportions_is_newcombes():
+    # Newcombe (1998), Interval estimation for the difference between independent proportions, table II, method 10.
+    found = difference(wilson_ci(56, 70), wilson_ci(48, 80))
+    np.testing.assert_allclose([found["mean"], *found["ci95"]], [0.2, 0.0524, 0.3339], atol=5e-5)
+    assert found["n"] == 70
+
+
+def test_the_interval_of_a_difference_covers_it_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    draws = [[mean_ci(rng.normal(mean, 1, 60), 200, seed) for mean in (2, 1)] for seed in range(200)]
+    covered = np.mean([low <= 1 <= high for low, high in (difference(*pair)["ci95"] for pair in draws)])
+    assert 0.88 < covered < 0.99

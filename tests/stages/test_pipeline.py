@@ -26,6 +26,7 @@ def test_a_run_leaves_the_files_that_users_rely_on(finished):
     assert (workdir / "rl" / "samples.jsonl").read_text()
     assert json.loads((workdir / "config.json").read_text())["packages"]["jax"]
     assert any((workdir / "logs").rglob("*tfevents*"))
+    assert "</html>" in (workdir / "report.html").read_text()
     labels = pq.read_table(workdir / "label" / "preferences.parquet")
     assert labels.num_rows == 16
     assert json.loads((workdir / "label" / "manifest.json").read_text())["rows"] == 16

@@ -1,0 +1,131 @@
+"""What may speak against a run's result: each check passes, raises an alarm, or says that it could not be made."""
+
+import dataclasses
+import math
+
+from rlaif_jax.evaluation.statistics import wilson_ci
+from rlaif_jax.reporting.read import RunData
+from rlaif_jax.reporting.words import count, number, percent, with_interval
+
+DIVERSITY = 0.8  # of SFT's distinct bigrams: less is an alarm
+REPETITION = 0.05  # of the prompts with one and the same reply: more is an alarm
+LENGTH = 1.25  # times SFT's mean length, or a fraction of 1 over this: beyond is an alarm
+SCALE = 0.05  # of calibrated rewards: less means that the held-out labels bear out next to nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One check and its outcome."""
+
+    name: str
+    level: str  # "ok", "alarm", "note" (known, and not wrong in itself) or "open" (not measured)
+    text: str
+
+
+def run_checks(run: RunData) -> list[Check]:
+    """All checks, in the order of reading."""
+    results = run.results or {}
+    return [
+        _independence(results),
+        _diversity(results),
+        _repetition(results),
+        _length(results),
+        _reward_model(run.normalisation, bool(run.config.get("reward_model.calibrate"))),
+        _judge(run),
+        _failures("Labels", run.label_manifest, run),
+        _failures("Evaluation pairs", run.eval_manifest, run),
+    ]
+
+
+def _independence(results: dict) -> Check:
+    same, name = results.get("judge_is_training_judge"), "Independent judge"
+    if same is None:
+        return Check(name, "open", "Not measured yet.")
+    if same:
+        text = "The judge that evaluates is the judge that labelled the training pairs, so it marks its own work."
+        return Check(name, "note", text)
+    return Check(name, "ok", "The judge that evaluates did not label the training pairs.")
+
+
+def _both(results: dict, name: str) -> tuple[float, float] | None:
+    figures = [results.get(f"{name}/{policy}") for policy in ("sft", "rl")]
+    means = [figure["mean"] if figure else None for figure in figures]
+    return None if None in means else tuple(means)
+
+
+def _diversity(results: dict) -> Check:
+    means = _both(results, "distinct_2")
+    if means is None or means[0] == 0:
+        return Check("Diversity", "open", "Not measured yet.")
+    ratio = means[1] / means[0]
+    text = f"RL replies keep {percent(ratio)} of the SFT replies' distinct bigrams (alarm below {percent(DIVERSITY)})."
+    return Check("Diversity", "alarm" if ratio < DIVERSITY else "ok", text)
+
+
+def _repetition(results: dict) -> Check:
+    figure, name = results.get("most_common_reply/rl"), "Repetition"
+    if not figure or figure["mean"] is None:
+        return Check(name, "open", "Not measured yet.")
+    prompts = round(figure["mean"] * figure["n"])
+    if prompts < 2:  # with few prompts even a reply given once has a large share
+        return Check(name, "ok", "No RL reply is given twice.")
+    share, limit = percent(figure["mean"]), percent(REPETITION)
+    text = f"The most common RL reply answers {prompts} of {figure['n']} prompts, {share} (alarm above {limit})."
+    return Check(name, "alarm" if figure["mean"] > REPETITION else "ok", text)
+
+
+def _length(results: dict) -> Check:
+    means = _both(results, "response_length")
+    if means is None or min(means) <= 0:
+        return Check("Length", "open", "Not measured yet.")
+    ratio = means[1] / means[0]
+    change = percent(abs(ratio - 1)) + (" longer" if ratio > 1 else " shorter")
+    tokens = f"{number(means[1])} tokens against {number(means[0])}"
+    text = f"RL replies are {change} than SFT replies, {tokens} (alarm beyond a factor of {LENGTH})."
+    return Check("Length", "alarm" if not 1 / LENGTH <= ratio <= LENGTH else "ok", text)
+
+
+def _reward_model(normalisation: dict | None, calibrated: bool) -> Check:
+    name, pairs = "Reward model", (normalisation or {}).get("validation_pairs")
+    if normalisation is None:
+        return Check(name, "open", "Not measured yet.")
+    if not pairs:
+        return Check(name, "open", "No labels were held out, so nothing says how well it generalises.")
+    loss, scale = normalisation["validation_loss"], normalisation["scale"]
+    accuracy = wilson_ci(round(normalisation["validation_accuracy"] * pairs), pairs)
+    text = f"Right on {with_interval(accuracy, percent)} of {count(pairs, 'held-out label')}"
+    text += f", with loss {loss:.3f} against {math.log(2):.3f} by chance"
+    text += f"; calibration then scaled its rewards by {scale:.2f}" if calibrated else ""
+    ignorant = accuracy["ci95"][0] <= 0.5 or (scale < SCALE if calibrated else loss >= math.log(2))
+    return Check(name, "alarm" if ignorant else "ok", text + (": no better than chance." if ignorant else "."))
+
+
+def _judge(run: RunData) -> Check:
+    name, measured = "Judge", (run.audit or {}) | (run.results or {})
+    figure = next(filter(None, map(measured.get, ("judge_agreement/ground_truth", "judge_agreement/human"))), None)
+    if not measured and not run.people_labelled:
+        return Check(name, "open", "Not measured yet.")
+    if not figure or figure["mean"] is None:
+        return Check(
+            name, "open", "Nothing to hold it against: no pair has a better reply by a ground truth or people."
+        )
+    better = "reply that people prefer" if figure is measured.get("judge_agreement/human") else "good reply"
+    text = f"It sides with the {better} on {with_interval(figure, percent)} of {count(figure['n'], 'such pair')}"
+    ignorant = figure["ci95"][0] <= 0.5
+    return Check(name, "alarm" if ignorant else "ok", text + (": no better than chance." if ignorant else "."))
+
+
+def _failures(name: str, manifest: dict | None, run: RunData) -> Check:
+    if manifest is None:
+        return Check(name, "open", "None yet.")
+    status, rows = manifest["status"], manifest["rows"]
+    failed = {kind: n for kind, n in status.items() if kind not in ("ok", "identical")}
+    identical = status.get("identical", 0)
+    ties = f" {count(identical, 'pair')} had two equal replies, which nothing can tell apart." if identical else ""
+    if not failed:
+        return Check(name, "ok", f"All of {count(rows - identical, 'pair')} could be scored.{ties}")
+    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(failed.items()))
+    limit = run.config.get("judge.max_failure_rate", 0.0)
+    above = sum(failed.values()) / rows > limit
+    text = f"{sum(failed.values())} of {count(rows, 'pair')} could not be scored ({kinds}) and count for nothing.{ties}"
+    return Check(name, "alarm" if above else "note", text)

@@ -1,0 +1,237 @@
+"""The page: what each section shows, in the order of reading, rendered with everything it needs inside."""
+
+import base64
+import hashlib
+import itertools
+import math
+import shlex
+
+import jinja2
+from etils import epath
+from markupsafe import Markup
+
+from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
+from rlaif_jax.evaluation.statistics import Figure, difference
+from rlaif_jax.reporting import charts
+from rlaif_jax.reporting.calibration import calibrate, probabilities
+from rlaif_jax.reporting.read import RunData
+from rlaif_jax.reporting.samples import sample_cards
+from rlaif_jax.reporting.verdict import judge
+from rlaif_jax.reporting.words import count, fixed, interval, number, percent, points
+
+_FOLDER = epath.Path(__file__).parent
+_STAGE_TITLES = {
+    "sft": "SFT",
+    "label": "Labels",
+    "reward_model": "Reward model",
+    "rl": "RL",
+    "eval": "Evaluation",
+}
+# Of each stage: metric, and the level that knowing nothing would reach.
+_CURVES = {
+    "sft": (("loss", None), ("entropy", None)),
+    "reward_model": (("loss", math.log(2)), ("accuracy", 0.5), ("margin", None)),
+    "rl": (
+        ("reward/mean", None),
+        ("kl/sequence", None),
+        ("entropy", None),
+        ("response_length", None),
+        ("clip_fraction", None),
+        ("ended_fraction", None),
+        ("loss", None),
+        ("value/loss", None),
+    ),
+}
+_NOT_SHARES = ("reward", "response_length", "kl", "distinct_2")
+_AUDIT = {
+    "judge_agreement/ground_truth": "sides with the good reply, where exactly one is good",
+    "first_slot_rate": "picks the reply shown first; 50% without position bias",
+    "same_slot_in_both_orders": "picks the same slot whichever reply is in it",
+    "longer_preferred": "prefers the longer reply",
+}
+
+
+def render(run: RunData) -> str:
+    """The HTML of a run's report, in ASCII, so that it reads the same under any encoding."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    style, script = ((_FOLDER / name).read_text() for name in ("report.css", "report.js"))
+    verdict = judge(run)
+    html = environment.get_template("report.html.j2").render(
+        run=run,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        verdict=verdict,
+        stages=[(name, title, run.stages[name], _progress(run, name)) for name, title in _STAGE_TITLES.items()],
+        commands={name: _command(run, name) for name in _STAGE_TITLES},
+        by_policy=_by_policy(run.results or {}),
+        single=_single(run.results or {}),
+        curves=[(name, _STAGE_TITLES[name], _curves(name, run.metrics[name])) for name in _CURVES],
+        frontier=_frontier(run.metrics["rl"]),
+        calibration=_calibration(run),
+        audit=_audit(run),
+        samples=sample_cards(run),
+        provenance=_provenance(run),
+    )
+    return html.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _command(run: RunData, stage: str) -> str:
+    """What runs a stage, and the ones before it that it still needs."""
+    order = list(_STAGE_TITLES)
+    needed = [name for name in order[: order.index(stage)] if run.stages[name] != "done"] + [stage]
+    config = f"--config=configs/NAME.py --workdir={shlex.quote(run.path)}"
+    return f"python -m rlaif_jax.main {config} --stages={','.join(needed)}"
+
+
+def _progress(run: RunData, stage: str) -> str:
+    steps = run.config.get(f"{stage}.steps")
+    if lines := run.metrics.get(stage):
+        done = len(lines)
+        return count(done, "step") if done == steps or steps is None else f"{done} of {count(steps, 'step')}"
+    if stage == "label" and run.labels is not None:
+        return count(len(run.labels), "pair")
+    if stage == "eval" and run.samples is not None:
+        return count(len(run.samples), "prompt")
+    return ""
+
+
+def _cell(name: str, figure: Figure) -> dict:
+    """A figure in a table: mean and interval apart, so that a phone can put them below each other."""
+    if figure["mean"] is None:
+        return {"mean": "-", "interval": ""}
+    form = percent if _is_share(name) else fixed(figure["mean"])
+    return {"mean": form(figure["mean"]), "interval": interval(figure, form)}
+
+
+def _change(name: str, change: Figure, scale: float) -> dict:
+    form = points if _is_share(name) else fixed(scale)
+    sign = "+" if form is not points and change["mean"] > 0 else ""
+    return {"mean": sign + form(change["mean"]), "interval": interval(change, form)}
+
+
+def _is_share(name: str) -> bool:
+    return name.split("/")[0] not in _NOT_SHARES
+
+
+def _by_policy(results: dict) -> list[dict]:
+    """A row a figure that both policies have; ones without a name for people come last, under their own."""
+    known = dict((name, label) for label, name in BY_POLICY)
+    found = [name.removesuffix("/rl") for name in results if name.endswith("/rl")]
+    names = [name for name in known if name in found] + [name for name in found if name not in known]
+    rows = []
+    for name in names:
+        sft, rl = results.get(f"{name}/sft"), results[f"{name}/rl"]
+        if sft and None not in (sft["mean"], rl["mean"]):
+            label, change = known.get(name, name), difference(rl, sft)
+            low, high = change["ci95"]
+            rows.append({
+                "label": label.strip(),
+                "part": label.startswith(" "),
+                "sft": _cell(name, sft),
+                "rl": _cell(name, rl),
+                "change": _change(name, change, sft["mean"]),
+                "excludes_zero": low > 0 or high < 0,
+                "n": rl["n"],
+            })  # fmt: skip
+    return rows
+
+
+def _single(results: dict) -> list[dict]:
+    known = dict((name, label) for label, name in SINGLE)
+    paired = {f"{name}/{policy}" for name in _paired(results) for policy in ("sft", "rl")}
+    found = [name for name, figure in results.items() if isinstance(figure, dict) and name not in paired]
+    names = [name for name in known if name in found] + [name for name in found if name not in known]
+    return [
+        {
+            "label": known.get(name, name).strip(),
+            "part": known.get(name, "").startswith(" "),
+            "value": _cell(name, results[name]),
+            "n": results[name]["n"],
+        }
+        for name in names
+    ]
+
+
+def _paired(results: dict) -> set[str]:
+    return {name.removesuffix("/rl") for name in results if name.endswith("/rl")}
+
+
+def _series(lines: list[dict], *names: str) -> list[tuple[float, ...]]:
+    """The finite values of some metrics, where a line has all of them."""
+    rows = [tuple(line.get(name) for name in names) for line in lines]
+    return [row for row in rows if all(isinstance(x, (int, float)) and math.isfinite(x) for x in row)]
+
+
+def _curves(stage: str, lines: list[dict]) -> list[dict]:
+    shown = []
+    for name, chance in _CURVES[stage]:
+        series = _series(lines, "step", name)
+        if series:
+            steps, values = zip(*series, strict=True)
+            chart = charts.curve(f"{stage}: {name}", steps, values, chance)
+            shown.append({"name": name, "last": number(values[-1]), "chance": chance is not None, "chart": chart})
+    return shown
+
+
+def _frontier(lines: list[dict]) -> Markup | None:
+    series = _series(lines, "kl/sequence", "reward/mean")
+    return charts.reward_against_kl(*zip(*series, strict=True)) if series else None
+
+
+def _calibration(run: RunData) -> dict | None:
+    """The judge's probabilities on the training pairs."""
+    if not run.labels or run.people_labelled or not (values := probabilities(run.labels)):
+        return None
+    found = calibrate(run.labels, run.ground_truth) if run.ground_truth else None
+    shown = {"histogram": charts.histogram(values), "pairs": len(values), "reliability": None}
+    if found:
+        low, high = found.accuracy["ci95"]
+        shown |= {
+            "reliability": charts.reliability(found),
+            "n": found.n,
+            "group": _group([bin_.good["n"] for bin_ in found.bins]),
+            "confidence": percent(found.confidence),
+            "accuracy": percent(found.accuracy["mean"]),
+            "lean": "less sure than it could be" if found.confidence < low else
+                    "surer than it should be" if found.confidence > high else "about as sure as it should be",
+        }  # fmt: skip
+    return shown
+
+
+def _group(sizes: list[int]) -> str:
+    """Of equal-count bins, whose sizes differ by one at most."""
+    return f"a group of {' or '.join(map(str, sorted(set(sizes))))} pairs"
+
+
+def _audit(run: RunData) -> list[dict]:
+    figures = {name: figure for name, figure in (run.audit or {}).items() if isinstance(figure, dict)}
+    names = [name for name in _AUDIT if name in figures] + [name for name in figures if name not in _AUDIT]
+    return [
+        {"label": _AUDIT.get(name, name), "value": _cell(name, figures[name]), "n": figures[name]["n"]}
+        for name in names
+        if figures[name]["mean"] is not None
+    ]
+
+
+def _provenance(run: RunData) -> dict:
+    groups = itertools.groupby(run.config.items(), key=lambda item: item[0].split(".")[0])
+    manifest = run.label_manifest or {}
+    return {
+        "facts": [
+            ("git commit", run.record.get("git_commit") or "unknown"),
+            ("devices", ", ".join(f"{n} x {kind}" for kind, n in _counted(run.record.get("devices", [])))),
+            ("Python", run.record.get("python", "unknown")),
+            *((f"labelling {name.replace('_', ' ')}", manifest[name]) for name in
+              ("judge", "judge_hash", "template", "template_hash") if name in manifest),
+        ],
+        "packages": list(run.record.get("packages", {}).items()),
+        "config": [(group, list(items)) for group, items in groups],
+    }  # fmt: skip
+
+
+def _counted(items: list[str]) -> list[tuple[str, int]]:
+    return [(item, items.count(item)) for item in dict.fromkeys(items)]

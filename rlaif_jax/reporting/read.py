@@ -1,0 +1,158 @@
+"""What a report is made of: the files of a run folder, whichever of them there are."""
+
+import dataclasses
+from collections.abc import Callable
+
+from etils import epath
+
+from rlaif_jax.data import embedded
+from rlaif_jax.errors import UserError
+from rlaif_jax.files import read_json, read_json_lines, read_parquet
+from rlaif_jax.stages.folders import cell_stages
+
+STAGES = ("sft", "label", "reward_model", "rl", "eval")  # those of stages/pipeline.py, without importing JAX
+
+# Whether a reply to a prompt is good; None for a prompt that the ground truth does not know.
+GroundTruth = Callable[[str, str], bool | None]
+
+_PAIR = ("prompt", "response_a", "response_b", "status", "prob_a", "prob_a_forward", "prob_a_reversed")
+_SAMPLE = ("prompt", *(f"{column}{name}" for name in ("sft", "rl") for column in ("", "reward/", "length/")))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """The contents of a run folder. What a stage has not written is None or empty."""
+
+    path: str  # of the folder, as the user names it
+    name: str
+    record: dict  # config.json
+    stages: dict[str, str]  # name -> "done", "unfinished" or "not run"
+    metrics: dict[str, list[dict]]  # stage -> lines of metrics.jsonl
+    labels: list[dict] | None  # label/preferences.parquet
+    label_manifest: dict | None
+    audit: dict | None
+    normalisation: dict | None  # of the reward model
+    samples: list[dict] | None  # eval/samples.parquet
+    judged: list[dict] | None  # eval/preferences.parquet: RL is a, SFT is b
+    eval_manifest: dict | None
+    results: dict | None
+    ground_truth: GroundTruth | None
+
+    @property
+    def people_labelled(self) -> bool:
+        """Whether the labels are comparisons by people, so that no judge stands behind them."""
+        return (self.label_manifest or {}).get("judge") == "human"
+
+    @property
+    def config(self) -> dict:
+        """The resolved config: dotted names and values."""
+        return self.record.get("config", {})
+
+
+def read_run(workdir: epath.Path) -> RunData:
+    """Reads a run, finished or not, or a cell of a sweep.
+
+    Raises UserError for a folder that is no run, and for a damaged file.
+    """
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir / 'config.json'} is missing: {workdir} is no folder of rlaif_jax.main")
+    shared = cell_stages(workdir)
+    folders = {stage: shared.get(stage, workdir / stage) for stage in STAGES}
+    label, evaluation = folders["label"], folders["eval"]
+    record = _object(workdir / "config.json", config=dict)
+    labels, samples = _rows(label / "preferences.parquet", _PAIR), _rows(evaluation / "samples.parquet", _SAMPLE)
+    results = _figures(evaluation / "results.json")
+    judged = _rows(evaluation / "preferences.parquet", _PAIR)
+    if samples and judged and [row["prompt"] for row in samples] != [row["prompt"] for row in judged]:
+        raise UserError(f"{evaluation} is damaged: samples.parquet and preferences.parquet hold other prompts")
+    return RunData(
+        path=str(workdir),
+        name=workdir.name or str(workdir),
+        record=record,
+        stages={stage: _state(folder) for stage, folder in folders.items()},
+        metrics={stage: _lines(folders[stage] / "metrics.jsonl") for stage in ("sft", "reward_model", "rl")},
+        labels=labels,
+        label_manifest=_object(label / "manifest.json", rows=int, status=dict),
+        audit=_figures(label / "audit.json"),
+        normalisation=_normalisation(folders["reward_model"] / "normalisation.json"),
+        samples=samples,
+        judged=judged,
+        eval_manifest=_object(evaluation / "manifest.json", rows=int, status=dict),
+        results=results,
+        ground_truth=_ground_truth(record.get("config", {}), results, [*(labels or ()), *(samples or ())]),
+    )
+
+
+def _state(folder: epath.Path) -> str:
+    record = _object(folder / "stage.json")
+    if record is None:
+        return "not run"
+    return "done" if record.get("done") else "unfinished"
+
+
+def _object(file: epath.Path, **kinds: type) -> dict | None:
+    """A JSON object that has at least the fields in `kinds`, each of its type; None where there is no file."""
+    if not file.exists():
+        return None
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise _damaged(file, "no JSON object")
+    for name, kind in kinds.items():
+        if not isinstance(value.get(name), kind):
+            raise _damaged(file, f"{name} is missing or of another type")
+    return value
+
+
+def _normalisation(file: epath.Path) -> dict | None:
+    value = _object(file)
+    if not (value or {}).get("validation_pairs"):  # where no labels were held out
+        return value
+    return _object(file, scale=float, validation_loss=float, validation_accuracy=float, validation_pairs=int)
+
+
+def _damaged(file: epath.Path, reason: str) -> UserError:
+    return UserError(f"{file} is damaged ({reason}): delete it and run the stage that writes it")
+
+
+def _figures(file: epath.Path) -> dict | None:
+    """An object of figures, each with mean, ci95 and n, and of plain values."""
+    values = _object(file)
+    for name, figure in (values or {}).items():
+        if isinstance(figure, dict) and not _is_figure(figure):
+            raise _damaged(file, f"{name} is no figure")
+    return values
+
+
+def _is_figure(figure: dict) -> bool:
+    interval = figure.get("ci95")
+    if not {"mean", "n"} <= set(figure) or not isinstance(interval, list) or len(interval) != 2:
+        return False
+    numbers = [figure["mean"], *interval]
+    return numbers == [None] * 3 or all(isinstance(x, (int, float)) for x in numbers)
+
+
+def _lines(file: epath.Path) -> list[dict]:
+    return read_json_lines(file) if file.exists() else []
+
+
+def _rows(file: epath.Path, columns: tuple[str, ...]) -> list[dict] | None:
+    if not file.exists():
+        return None
+    table = read_parquet(file)
+    missing = set(columns) - set(table.column_names)
+    if missing:
+        raise _damaged(file, f"no column {min(missing)}")
+    return table.to_pylist()
+
+
+def _ground_truth(config: dict, results: dict | None, rows: list[dict]) -> GroundTruth | None:
+    """That of the embedded corpus; None where the run's prompts are from elsewhere."""
+    if results is not None and not any(name.startswith("ground_truth_") for name in results):
+        return None
+    names = [field.name for field in dataclasses.fields(embedded.EmbeddedConfig)]
+    fields = {name: config.get(f"data.embedded.{name}") for name in names}
+    if config.get("data.evaluation_prompts.kind") != "embedded" or None in fields.values() or "seed" not in config:
+        return None
+    truth = embedded.GroundTruth(embedded.EmbeddedConfig(**fields), config["seed"])
+    known = {row["prompt"] for row in rows if truth.knows(row["prompt"])}
+    return (lambda prompt, reply: truth.is_good(prompt, reply) if prompt in known else None) if known else None
