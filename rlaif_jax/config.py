@@ -6,6 +6,7 @@ Config files (`configs/*.py`) return an `ml_collections.ConfigDict` that has exa
 import dataclasses
 import difflib
 import fnmatch
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,6 +36,7 @@ class SFTConfig:
     steps: int
     batch_size: int
     checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     optimizer: OptimizerConfig
 
 
@@ -54,6 +56,7 @@ class RewardModelConfig:
     steps: int
     batch_size: int  # pairs
     checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
     calibrate: bool  # scale the rewards by the factor that predicts the held-out labels best
     optimizer: OptimizerConfig
@@ -66,6 +69,7 @@ class RLConfig:
     steps: int  # iterations: rollout, then `epochs` over it
     batch_size: int  # rollouts an iteration
     checkpoint_every: int  # iterations
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     samples_every: int  # iterations between entries of samples.jsonl
     temperature: float  # of the rollouts, and of every log-prob
     epochs: int  # passes over a rollout batch
@@ -167,6 +171,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("rl.kl_coef rl.clip_ratio rl.clip_value evaluation.temperature", "0 or more", lambda x: x >= 0),
     ("data.*_share judge.max_failure_rate rl.gamma rl.gae_lambda *.b1 *.b2", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
+    ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
 )
 _BATCHES = "*.batch_size *.sample_batch_size"

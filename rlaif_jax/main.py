@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from rlaif_jax.config import Config, check, check_decoder, flatten, parse
-from rlaif_jax.errors import UserError, blame
+from rlaif_jax.errors import UserError, blame, room_in
 from rlaif_jax.files import read_parquet, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import load_judge
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         if options.replay is not None:
             return _replay(run, options.replay)
         stages = plan(run, list(STAGES) if options.stages is None else options.stages)
-        with jax.set_mesh(run.placement.mesh):
+        with room_in(run.workdir), jax.set_mesh(run.placement.mesh):
             write_json(run.workdir / "config.json", _record(run.config))
             run_stages(run, stages)
         if "eval" in stages:

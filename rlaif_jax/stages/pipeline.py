@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-from etils import epath
-
 from rlaif_jax.config import flatten
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, write_json
@@ -33,7 +31,13 @@ _PARTS = {
     "eval": ("evaluation",),
 }
 # Fields that change how a stage runs, not what it computes (beyond rounding).
-_OPERATIONAL = ("checkpoint_every", "evaluation.shown_samples", "judge.batch_size", "judge.max_failure_rate")
+_OPERATIONAL = (
+    "checkpoint_every",
+    "keep_best",
+    "evaluation.shown_samples",
+    "judge.batch_size",
+    "judge.max_failure_rate",
+)
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -64,9 +68,9 @@ def run_stages(run: Run, names: list[str]) -> None:
             continue
         _check_predecessors(run, name)
         inputs = stage_inputs(run, name)
-        write_json(_record(run, name), {"done": False, "config": inputs})
+        write_json(run.record(name), {"done": False, "config": inputs})
         STAGES[name](run)
-        write_json(_record(run, name), {"done": True, "config": inputs})
+        write_json(run.record(name), {"done": True, "config": inputs})
 
 
 def stage_inputs(run: Run, name: str) -> dict:
@@ -89,17 +93,13 @@ def _file_hashes(run: Run) -> dict[str, str]:
     return hashes
 
 
-def _record(run: Run, name: str) -> epath.Path:
-    return run.folder(name) / "stage.json"
-
-
 def _is_done(run: Run, name: str) -> bool:
-    record = _record(run, name)
+    record = run.record(name)
     return record.exists() and read_json(record)["done"]
 
 
 def _check_config(run: Run, name: str) -> None:
-    folder, record = run.folder(name), _record(run, name)
+    folder, record = run.folder(name), run.record(name)
     # A stage that stopped before it kept anything binds nobody.
     kept = any(folder.glob("checkpoints/*")) or any(folder.glob("*.parquet"))
     if not record.exists() or not kept:

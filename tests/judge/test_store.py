@@ -9,9 +9,14 @@ from rlaif_jax.judge import store
 from tests.judge.conftest import LONG, PAIRS
 
 
+def shard(folder, number):
+    (path,) = (folder / "shards").glob(f"{number:05d}.*.parquet")
+    return path
+
+
 def test_a_committed_shard_is_never_judged_again(judge, tmp_path, monkeypatch):
     first = store.label(judge, PAIRS, tmp_path, "label")
-    (tmp_path / "shards" / "00001.parquet").unlink()
+    shard(tmp_path, 1).unlink()
     judged = []
     honest = store.judge_pairs
     monkeypatch.setattr(store, "judge_pairs", lambda j, pairs, told: judged.append(pairs) or honest(j, pairs, told))
@@ -24,16 +29,33 @@ def test_a_committed_shard_is_never_judged_again(judge, tmp_path, monkeypatch):
 def test_shards_of_another_judge_are_refused(judge, tmp_path):
     store.label(judge, PAIRS, tmp_path, "label")
     template = dataclasses.replace(judge.template, preamble="Another. ")
-    with pytest.raises(UserError, match=r"00000\.parquet was labelled with template_hash="):
+    with pytest.raises(UserError, match=r"00000\.\w+\.parquet was labelled with template_hash="):
         store.label(dataclasses.replace(judge, template=template), PAIRS, tmp_path, "label")
 
 
-def test_a_damaged_shard_is_named(judge, tmp_path):
-    store.label(judge, PAIRS, tmp_path, "label")
-    shard = tmp_path / "shards" / "00001.parquet"
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"00001\.parquet is damaged"):
+def _truncated(data):
+    return data[:-1]
+
+
+def _flipped(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [_truncated, _flipped])
+def test_a_damaged_shard_is_named_and_judged_again_alone_once_deleted(judge, tmp_path, monkeypatch, damage):
+    first = store.label(judge, PAIRS, tmp_path, "label")
+    damaged = shard(tmp_path, 1)
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    judged = []
+    honest = store.judge_pairs
+    monkeypatch.setattr(store, "judge_pairs", lambda j, pairs, told: judged.append(pairs) or honest(j, pairs, told))
+    with pytest.raises(UserError, match=rf"{damaged.name} is damaged.*Delete that file"):
         store.label(judge, PAIRS, tmp_path, "label")
+    damaged.unlink()
+    assert store.label(judge, PAIRS, tmp_path, "label").equals(first)
+    assert judged == [PAIRS[2:]]
+    assert shard(tmp_path, 1) == damaged  # the same name, so the same bytes
 
 
 def test_failures_are_counted_and_too_many_stop_the_stage(judge, tmp_path):
