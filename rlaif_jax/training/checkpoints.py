@@ -5,8 +5,11 @@ Orbax has finished the step: a checkpoint without it is one that a kill cut shor
 """
 
 import dataclasses
+import errno
 import functools
 import json
+import os
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -21,6 +24,7 @@ from rlaif_jax.files import file_hashes, write_json
 
 State = TypeVar("State")
 _KEEP = 2  # the newest, and the one to fall back on
+_OVERHEAD = 1 << 20  # bytes: room for Orbax's metadata and half-filled blocks
 _TEMPORARY = "orbax-checkpoint-tmp"  # in the name of each folder that Orbax has not finished
 
 
@@ -44,25 +48,26 @@ class Checkpoints:
         steps = _steps(self.folder)
         cut_short = [step for step in steps[-1:] if not _manifest(self.folder, step).exists()]
         finished = [step for step in steps if step not in cut_short]
-        damage: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         for step in reversed(finished):
-            if not (reason := _damage(self.folder, step)):
+            if not (reason := damage(self.folder, step)):
                 break
-            damage[step] = reason
-        if finished and len(damage) == len(finished):
+            damaged[step] = reason
+        if finished and len(damaged) == len(finished):
+            newest = f"step {finished[-1]} {damaged[finished[-1]]}"
             raise UserError(
-                f"no whole checkpoint in {self.folder}: step {finished[-1]} {damage[finished[-1]]}. Restore the folder "
-                f"from a copy, or delete it to train the stage from its start"
+                f"no whole checkpoint in {self.folder}: {newest}. Restore the folder from a copy, or delete it to "
+                f"train the stage from its start"
             )
-        for bad, reason in damage.items():
+        for bad, reason in damaged.items():
             print(f"rlaif_jax: deleted checkpoint {self.folder}/{bad}, which {reason}", file=sys.stderr)
         if jax.process_index() == 0:
-            for bad in (*cut_short, *damage):
+            for bad in (*cut_short, *damaged):
                 (self.folder / str(bad)).rmtree()
             self._prune()
         if not finished:
             return None
-        step = finished[-1 - len(damage)]
+        step = finished[-1 - len(damaged)]
         items = {"params": abstract.params, "rest": _rest(abstract)}
         restored = {name: _restore(self.folder / str(step) / name, item) for name, item in items.items()}
         return step, dataclasses.replace(abstract, params=restored["params"], **restored["rest"])
@@ -70,9 +75,11 @@ class Checkpoints:
     def save(self, step: int, state, metrics: Mapping[str, float]) -> None:
         """Writes a checkpoint; it counts only once its checksums are there. metrics: of the step just done."""
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(_rest(state))}
+        manager = self._manager
+        _check_room(self.folder, state)
         try:
-            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics))
-            self._manager.wait_until_finished()
+            saved = manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics))
+            manager.wait_until_finished()
         except BaseException:
             self._sweep()  # half a checkpoint would take room from whoever runs out of it
             raise
@@ -136,7 +143,7 @@ def restore_params(folder: epath.Path, step: int, abstract):
     folder = _absolute(folder)
     if not (folder / str(step)).exists():
         raise UserError(f"no checkpoint {folder}/{step}")
-    if reason := _damage(folder, step):
+    if reason := damage(folder, step):
         raise UserError(f"checkpoint {folder}/{step} {reason}")
     return _restore(folder / str(step) / "params", abstract)
 
@@ -165,7 +172,22 @@ def _files(folder: epath.Path, prefix: str = "") -> list[str]:
     return names
 
 
-def _damage(folder: epath.Path, step: int) -> str:
+def _check_room(folder: epath.Path, state) -> None:
+    """Raises OSError where the disk has no room for this host's part of `state`.
+
+    Before Orbax begins: when it runs out of room itself, its threads fill stderr with tracebacks.
+    """
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # a bucket
+        return
+    shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    needed = sum(shard.data.nbytes for shard in shards) + _OVERHEAD
+    if free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder}: a checkpoint needs {needed} bytes")
+
+
+def damage(folder: epath.Path, step: int) -> str:
     """What is wrong with a checkpoint's bytes, as "has ..."; "" where every file is as it was written."""
     manifest = _manifest(folder, step)
     if not manifest.exists():
