@@ -4,7 +4,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.judge import store
 from tests.judge.conftest import LONG, PAIRS
 
@@ -81,3 +81,15 @@ def test_replay_reproduces_a_row_and_sees_a_changed_one(judge, tmp_path):
     assert not store.same_label(stored | {"status": "too_long", "prob_a": None}, fresh)
     with pytest.raises(UserError, match="0 to 2"):
         store.replay(judge, table, 3)
+
+
+def test_a_full_disk_keeps_the_committed_shards_and_no_half_file(judge, tmp_path, small_disk):
+    first = store.label(judge, PAIRS, tmp_path / "elsewhere", "label")
+    block = 4096
+    small_disk.leave(-(-shard(tmp_path / "elsewhere", 0).stat().st_size // block) * block + block)
+    folder = small_disk.folder / "label"
+    with pytest.raises(UserError, match=rf"no space left on the disk of {folder}"), room_in(folder):
+        store.label(judge, PAIRS, folder, "label")
+    assert [path.name for path in (folder / "shards").iterdir()] == [shard(folder, 0).name]
+    small_disk.leave(1 << 20)
+    assert store.label(judge, PAIRS, folder, "label").equals(first)

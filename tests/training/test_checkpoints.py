@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.models.parameters import abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.training.checkpoints import Checkpoints, restore_params
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.state import abstract_state
-from tests.helpers import eight_devices, one_device, optimizer_config, tiny
+from tests.helpers import eight_devices, flip_a_byte, largest_file, one_device, optimizer_config, tiny
 
 CONFIG = tiny(num_key_value_heads=4)
 OPTIMIZER = make_optimizer(optimizer_config(schedule="cosine", warmup_steps=2), 10)
@@ -65,16 +65,6 @@ def resumed_step(folder):
     step, state = resumed
     jax.tree.map(np.testing.assert_array_equal, state, random_state(one_device(), step))
     return step
-
-
-def largest_file(folder):
-    return max((path for path in Path(folder).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def flip_a_byte(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("mesh", [eight_devices, one_device])
@@ -206,3 +196,17 @@ def test_another_dtype_is_no_silent_cast(folder):
     half = target().replace(opt_state=jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), target().opt_state))
     with pytest.raises(UserError, match=r"count is int32\[\] there, and the config wants bfloat16\[\]"):
         Checkpoints(folder).resume(half)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk, capfd):
+    folder = epath.Path(small_disk.folder) / "checkpoints"
+    save(folder, [2])
+    capfd.readouterr()
+    small_disk.leave(1 << 18)
+    with pytest.raises(UserError, match=rf"no space left on the disk of {folder}"), room_in(folder):
+        save(folder, [4])
+    assert capfd.readouterr().err == ""
+    assert steps_in(folder) == [2] and resumed_step(folder) == 2
+    small_disk.leave(1 << 22)
+    save(folder, [4])
+    assert resumed_step(folder) == 4

@@ -9,7 +9,7 @@ from flax import struct
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.training.loop import LoopConfig, train
-from tests.training.test_checkpoints import flip_a_byte, largest_file
+from tests.helpers import flip_a_byte, largest_file
 
 
 class Counter(struct.PyTreeNode):
