@@ -101,7 +101,7 @@ def _is_done(run: Run, name: str) -> bool:
 def _check_config(run: Run, name: str) -> None:
     folder, record = run.folder(name), run.record(name)
     # A stage that stopped before it kept anything binds nobody.
-    kept = any(folder.glob("checkpoints/*")) or any(folder.glob("*.parquet"))
+    kept = any(folder.glob("checkpoints/checksums/*")) or any(folder.glob("*.parquet"))
     if not record.exists() or not kept:
         return
     before, now = read_json(record)["config"], stage_inputs(run, name)

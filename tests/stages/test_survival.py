@@ -69,10 +69,8 @@ def test_a_checkpoint_of_another_config_is_one_line_without_traceback(tmp_path, 
 
 def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_room(small_disk, command, undisturbed):
     workdir, room_for_one = small_disk.folder / "run", 7 << 18  # bytes
-    small_disk.leave(room_for_one)
-    for room in (None, 0):  # the second checkpoint finds no room, then nothing does
-        if room is not None:
-            small_disk.leave(room)
+    for room in (room_for_one, 0):  # the second checkpoint finds no room, then nothing does
+        small_disk.leave(room)
         status, error = command.run(workdir, "--stages=sft")
         last = error.replace("\r", "\n").strip().splitlines()[-1]
         assert status == 2 and "Traceback" not in error, error

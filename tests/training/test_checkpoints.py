@@ -156,6 +156,18 @@ def test_a_kill_before_the_checksums_leaves_a_checkpoint_that_does_not_count(fol
     assert resumed_step(folder) == 4
 
 
+@pytest.mark.parametrize("left", [0, 5])
+def test_a_kill_while_an_old_checkpoint_is_deleted_does_no_harm(folder, capfd, left):
+    save(folder, [2, 4])
+    files = [path for path in sorted(Path(folder / "2").rglob("*")) if path.is_file()]
+    for path in files[left:]:
+        path.unlink()
+    assert resumed_step(folder) == 4
+    save(folder, [6])
+    assert capfd.readouterr().err == ""
+    assert steps_in(folder) == [4, 6] and resumed_step(folder) == 6
+
+
 def test_checksums_of_a_checkpoint_that_somebody_deleted_are_forgotten(folder):
     save(folder, [2, 4])
     (folder / "4").rmtree()
