@@ -73,6 +73,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         row_length=132,  # tokens, about 3.5 examples
         packing=True,
         checkpoint_every=100,
+        keep_best="",  # "min loss" also keeps the checkpoint whose last step had the lowest
         optimizer=optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
     )
     config.label = group(
@@ -85,6 +86,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         steps=60,
         batch_size=32,  # pairs
         checkpoint_every=30,
+        keep_best="",
         validation_pairs=48,  # labels kept from training
         calibrate=True,  # scale the rewards by what the held-out labels bear out
         optimizer=optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),
@@ -93,6 +95,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         steps=24,  # iterations
         batch_size=64,  # rollouts an iteration
         checkpoint_every=8,
+        keep_best="",
         samples_every=5,
         temperature=1.0,
         epochs=2,

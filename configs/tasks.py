@@ -71,6 +71,7 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         row_length=1152,
         packing=True,
         checkpoint_every=100,
+        keep_best="",
         optimizer=optimizer(1e-5, **constant),
     )
     config.label.pairs = 92_000
@@ -80,6 +81,7 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         steps=3 * 92_000 // reward_model_batch_size,  # three epochs
         batch_size=reward_model_batch_size,
         checkpoint_every=200,
+        keep_best="",
         validation_pairs=1024,
         calibrate=False,
         optimizer=optimizer(1e-5, **constant),

@@ -6,6 +6,7 @@ Config files (`configs/*.py`) return an `ml_collections.ConfigDict` that has exa
 import dataclasses
 import difflib
 import fnmatch
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,6 +40,7 @@ class SFTConfig:
     row_length: int  # tokens; a row takes as many examples as fit (packing)
     packing: bool  # False: one example a row
     checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     optimizer: OptimizerConfig
 
 
@@ -59,6 +61,7 @@ class RewardModelConfig:
     steps: int
     batch_size: int  # pairs
     checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
     calibrate: bool  # scale the rewards by the factor that predicts the held-out labels best
     optimizer: OptimizerConfig
@@ -71,6 +74,7 @@ class RLConfig:
     steps: int  # iterations: rollout, then `epochs` over it
     batch_size: int  # rollouts an iteration
     checkpoint_every: int  # iterations
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     samples_every: int  # iterations between entries of samples.jsonl
     temperature: float  # of the rollouts, and of every log-prob
     epochs: int  # passes over a rollout batch
@@ -211,6 +215,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.*.kind", f"one of {', '.join(map(repr, KINDS))}", lambda x: x in KINDS),
     ("label.source", "ai or human", lambda x: x in ("ai", "human")),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
+    ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
 )
 _BATCHES = "*.batch_size *.sample_batch_size"

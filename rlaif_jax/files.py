@@ -1,6 +1,9 @@
-"""Atomic files: a reader sees the old content or the new, never a part."""
+"""Atomic files: a reader sees the old content or the new, never a part. And their checksums."""
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,12 +13,23 @@ from etils import epath
 from rlaif_jax.errors import UserError
 
 
-def write_text(path: epath.Path, text: str) -> None:
-    """Replaces a text file in one step."""
+@contextlib.contextmanager
+def _replacing(path: epath.Path) -> Iterator[epath.Path]:
+    """A file to write, which takes the place of `path` at the end and is gone after a failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file would take room from whoever runs out of it
+        raise
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Replaces a text file in one step."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: epath.Path, value) -> None:
@@ -25,11 +39,27 @@ def write_json(path: epath.Path, value) -> None:
 
 def write_parquet(path: epath.Path, table: pa.Table) -> None:
     """Replaces a Parquet file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    with temporary.open("wb") as file:
+    with _replacing(path) as temporary, temporary.open("wb") as file:
         pq.write_table(table, file)
-    temporary.replace(path)
+
+
+def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epath.Path:
+    """Writes `folder`/`stem`.HASH.parquet, HASH being the xxh3 of its bytes: file and checksum appear in one step."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    data = sink.getvalue().to_pybytes()
+    path = folder / f"{stem}.{xxhash.xxh3_64_hexdigest(data)}.parquet"
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return path
+
+
+def read_checked_parquet(path: epath.Path) -> pa.Table:
+    """Reads a file of `write_checked_parquet`. Raises UserError where its bytes are not those that were written."""
+    data = path.read_bytes()
+    if xxhash.xxh3_64_hexdigest(data) != path.name.split(".")[-2]:
+        raise UserError(f"{path} is damaged: its bytes are not those that were written")
+    return pq.read_table(pa.BufferReader(data))
 
 
 def read_json(path: epath.Path):
@@ -70,3 +100,9 @@ def file_hash(path: epath.Path, chunk: int = 1 << 24) -> str:
         while data := file.read(chunk):
             digest.update(data)
     return digest.hexdigest()
+
+
+def file_hashes(paths: Sequence[epath.Path]) -> list[str]:
+    """`file_hash` of each path, read in parallel (xxh3 lets other threads run)."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(file_hash, paths))

@@ -7,7 +7,7 @@ from absl import flags
 
 from rlaif_jax.commands import open_folder, parse_flags, run_command
 from rlaif_jax.config import parse
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.files import read_parquet, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import load_judge
@@ -36,7 +36,7 @@ def _main(argv: list[str]) -> int:
     if options.replay is not None:
         return _replay(run, options.replay)
     stages = plan(run, list(STAGES) if options.stages is None else options.stages)
-    with jax.set_mesh(run.placement.mesh):
+    with room_in(run.workdir), jax.set_mesh(run.placement.mesh):
         write_json(run.workdir / "config.json", run_record(run.config))
         run_stages(run, stages)
     if "eval" in stages:

@@ -9,7 +9,7 @@ from etils import epath
 
 from rlaif_jax.commands import open_folder, parse_flags, run_command
 from rlaif_jax.config import parse
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.evaluation.sweep_table import Values, markdown, to_csv
 from rlaif_jax.files import read_json, write_json, write_text
 from rlaif_jax.stages.cells import Cell, SweepConfig, make_cells, run_cells
@@ -32,7 +32,8 @@ def _main(argv: list[str]) -> int:
     sweep, root = parse(options.config.to_dict(), SweepConfig), open_folder(options.workdir)
     cells = make_cells(sweep, root)
     write_json(root / "sweep.json", run_record(sweep))
-    outcome = run_cells(cells, root)
+    with room_in(root):
+        outcome = run_cells(cells, root)
     done = [cell for cell in cells if cell.path not in outcome.errors]
     figures = {name: _values(name, list(sweep.arms), done) for name in sweep.figures}
     paths: dict[str, dict[int, str]] = {arm: {} for arm in sweep.arms}

@@ -1,6 +1,7 @@
 # ruff: noqa: E402  (settings come before what reads them)
 import os
 import pathlib
+import subprocess
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Tiny models take longer to compile than to run; the older emitters of XLA's CPU backend are four times as quick.
@@ -18,7 +19,7 @@ from rlaif_jax.data import tokenizers
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
-from tests.helpers import one_device_mesh
+from tests.helpers import SmallDisk, one_device_mesh
 
 # Slices of public data sets, which the repository does not hold: docs/data.md says what they are.
 REAL_DATA = pathlib.Path(os.environ.get("RLAIF_JAX_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
@@ -77,3 +78,19 @@ def smollm2(smollm2_reader):
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_reader):
     return tokenizers.from_gguf(smollm2_reader)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no mount command for a small disk to fill: {error}")
+    if done.returncode:
+        pytest.skip(f"mounting a small disk to fill is not allowed here: {done.stderr.strip()}")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

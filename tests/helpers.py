@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -113,3 +115,26 @@ def assert_trees_close(a, b, **tolerance):
 def rl_config(**changes) -> RLConfig:
     fields = {"batch_size": 8, "minibatches": 2, "epochs": 1, "temperature": 0.7, "kl_coef": 0.1}
     return dataclasses.replace(quickstart_config().rl, **(fields | changes))
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallDisk:
+    """A disk to fill."""
+
+    folder: Path
+
+    def leave(self, room: int) -> None:
+        """Fills it until `room` bytes are left, or frees what this has filled."""
+        ballast = self.folder / "ballast"
+        ballast.unlink(missing_ok=True)
+        ballast.write_bytes(bytes(max(shutil.disk_usage(self.folder).free - room, 0)))
+
+
+def largest_file(folder):
+    return max((path for path in Path(folder).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

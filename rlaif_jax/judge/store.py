@@ -1,14 +1,18 @@
-"""The label store: judged pairs in Parquet shards, each committed in one step and never judged again."""
+"""The label store: judged pairs in Parquet shards, each committed in one step and never judged again.
+
+A shard is `shards/NUMBER.HASH.parquet`. The checksum is in the name, so that no kill can part it from the bytes.
+"""
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.files import read_checked_parquet, write_checked_parquet, write_json, write_parquet
 from rlaif_jax.judge.score import Judge, Judgement, Pair, judge_pairs
 from rlaif_jax.progress import progress
 
@@ -37,26 +41,40 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
     """Judges `pairs` into `folder`/preferences.parquet, one row a pair in their order, and returns the table.
 
     Shards that an earlier run committed are kept. A pair that could not be scored stays in the table with its
-    typed status and no label. Raises UserError where more than `judge.max_failure_rate` of them failed.
+    typed status and no label. Raises UserError where a committed shard is damaged, and where more than
+    `judge.max_failure_rate` of the pairs failed.
     """
-    size = judge.config.shard_size
-    shards = [folder / "shards" / f"{start // size:05d}.parquet" for start in range(0, len(pairs), size)]
-    committed = sum(min(size, len(pairs) - i * size) for i, shard in enumerate(shards) if shard.exists())
-    with progress(None, description, total=2 * len(pairs), initial=2 * committed, unit="prompt") as bar:
-        for i, shard in enumerate(shards):
-            if not shard.exists():
-                chosen = pairs[i * size : (i + 1) * size]
-                write_parquet(shard, _table(judge, chosen, judge_pairs(judge, chosen, bar.update)))
-    table = pa.concat_tables([_read_shard(shard, judge) for shard in shards])
+    size, shards = judge.config.shard_size, folder / "shards"
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    committed = _committed(shards, judge)
+    done = sum(len(chosen) for i, chosen in enumerate(batches) if i in committed)
+    with progress(None, description, total=2 * len(pairs), initial=2 * done, unit="prompt") as bar:
+        for i, chosen in enumerate(batches):
+            if i not in committed:
+                judged = _table(judge, chosen, judge_pairs(judge, chosen, bar.update))
+                committed[i] = write_checked_parquet(shards, f"{i:05d}", judged).name, judged
+    names, tables = zip(*(committed[i] for i in range(len(batches))), strict=True)
+    table = pa.concat_tables(tables)
     write_parquet(folder / "preferences.parquet", table)
-    write_json(folder / "manifest.json", _manifest(judge, table, shards))
+    write_json(folder / "manifest.json", _manifest(judge, table, names))
     _check_failures(table, judge.config.max_failure_rate, folder)
     return table
 
 
+def _committed(folder: epath.Path, judge: Judge) -> dict[int, tuple[str, pa.Table]]:
+    """Names and tables of the shards in `folder` by their number, checked in parallel before any is used."""
+    shards = sorted(folder.glob("[0-9]*.*.parquet"))
+    with ThreadPoolExecutor() as pool:
+        tables = pool.map(lambda shard: _read_shard(shard, judge), shards)
+        return {int(shard.name.split(".")[0]): (shard.name, table) for shard, table in zip(shards, tables, strict=True)}
+
+
 def _read_shard(shard: epath.Path, judge: Judge) -> pa.Table:
-    """Raises UserError where another judge or template wrote the shard."""
-    table = read_parquet(shard)
+    """Raises UserError where the shard is damaged, and where another judge or template wrote it."""
+    try:
+        table = read_checked_parquet(shard)
+    except UserError as error:
+        raise UserError(f"{error}. Delete that file, and its pairs alone are judged again") from error
     for name, value in judge.provenance.items():
         others = set(table[name].to_pylist()) - {value}
         if others:
@@ -115,12 +133,12 @@ def _statuses(table: pa.Table) -> dict[str, int]:
     return {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
 
 
-def _manifest(judge: Judge, table: pa.Table, shards: list[epath.Path]) -> dict:
+def _manifest(judge: Judge, table: pa.Table, shards: Sequence[str]) -> dict:
     return judge.provenance | {
         "preamble_tokens": int(judge.prefix.key.shape[2]),
         "rows": table.num_rows,
         "status": _statuses(table),
-        "shards": [shard.name for shard in shards],
+        "shards": list(shards),
     }
 
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 
-from etils import epath
-
 from rlaif_jax.config import flatten
 from rlaif_jax.data.prepare import COLUMNS
 from rlaif_jax.data.sources import files
 from rlaif_jax.errors import UserError, blame
-from rlaif_jax.files import file_hash, read_json, write_json
+from rlaif_jax.files import file_hashes, read_json, write_json
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.evaluate import run_evaluation
@@ -35,7 +33,13 @@ _PARTS = {
     "eval": ("evaluation",),
 }
 # Fields that change how a stage runs, not what it computes (beyond rounding).
-_OPERATIONAL = ("checkpoint_every", "evaluation.shown_samples", "judge.batch_size", "judge.max_failure_rate")
+_OPERATIONAL = (
+    "checkpoint_every",
+    "keep_best",
+    "evaluation.shown_samples",
+    "judge.batch_size",
+    "judge.max_failure_rate",
+)
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -66,9 +70,9 @@ def run_stages(run: Run, names: list[str]) -> None:
             continue
         _check_predecessors(run, name)
         inputs = stage_inputs(run, name)
-        write_json(_record(run, name), {"done": False, "config": inputs})
+        write_json(run.record(name), {"done": False, "config": inputs})
         STAGES[name](run)
-        write_json(_record(run, name), {"done": True, "config": inputs})
+        write_json(run.record(name), {"done": True, "config": inputs})
 
 
 def stage_inputs(run: Run, name: str) -> dict:
@@ -93,24 +97,20 @@ def _file_hashes(run: Run) -> dict[str, str]:
         if source.kind in ("jsonl", "parquet"):
             with blame(f"data.{role}"):
                 found = files(source, run.config.data.root)
-            hashes[f"data.{role}.hash"] = "".join(map(file_hash, found))
+            hashes[f"data.{role}.hash"] = "".join(file_hashes(found))
     return hashes
-
-
-def _record(run: Run, name: str) -> epath.Path:
-    return run.folder(name) / "stage.json"
 
 
 def is_done(run: Run, name: str) -> bool:
     """Whether a stage has run to its end. Raises UserError where the record of it is damaged."""
-    record = _record(run, name)
+    record = run.record(name)
     return record.exists() and read_json(record)["done"]
 
 
 def _check_config(run: Run, name: str) -> None:
-    folder, record = run.folder(name), _record(run, name)
+    folder, record = run.folder(name), run.record(name)
     # A stage that stopped before it kept anything binds nobody.
-    kept = any(folder.glob("checkpoints/*")) or any(folder.glob("*.parquet"))
+    kept = any(folder.glob("checkpoints/checksums/*")) or any(folder.glob("*.parquet"))
     if not record.exists() or not kept:
         return
     before, now = read_json(record)["config"], stage_inputs(run, name)

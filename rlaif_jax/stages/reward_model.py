@@ -76,7 +76,7 @@ def run_reward_model(run: Run) -> None:
             ]
         return state, metrics | {"tokens": tokens}, samples
 
-    loop = LoopConfig(config.steps, config.checkpoint_every)
+    loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best)
     abstract = abstract_state(model, optimizer, run.placement)
     state = train(run.folder("reward_model"), loop, abstract, init, next_step)
     rewards = [score(run, model, state.params, x, config.batch_size) for x in (comparisons.a, comparisons.b)]

@@ -224,4 +224,6 @@ def run_rl(run: Run) -> None:
     abstract = state_of(
         abstract_state(model, optimizer, run.placement), abstract_state(scalar_model, value_optimizer, run.placement)
     )
-    train(run.folder("rl"), LoopConfig(config.steps, config.checkpoint_every), abstract, init, next_step)
+    train(
+        run.folder("rl"), LoopConfig(config.steps, config.checkpoint_every, config.keep_best), abstract, init, next_step
+    )

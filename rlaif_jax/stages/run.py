@@ -26,7 +26,7 @@ from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import make_mesh, shard_batch
 from rlaif_jax.sampling.generate import generate
 from rlaif_jax.stages.folders import cell_stages
-from rlaif_jax.training.checkpoints import Checkpoints
+from rlaif_jax.training.checkpoints import restore_params
 from rlaif_jax.training.sequences import Sequences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "gguf")
@@ -44,6 +44,10 @@ class Run:
     def folder(self, stage: str) -> epath.Path:
         """Where a stage keeps its files."""
         return self.shared.get(stage, self.workdir / stage)
+
+    def record(self, stage: str) -> epath.Path:
+        """The file that says under which config a stage was begun, and whether it is done."""
+        return self.folder(stage) / "stage.json"
 
     def key(self, stage: str, step: int = 0) -> jax.Array:
         """The random key of a step of a stage: a function of seed, stage and step, never of what ran before."""
@@ -85,12 +89,15 @@ class Run:
         return tokenizers.from_folder(self.folder("sft") / "tokenizer")
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel):
-        """The parameters at the end of a stage. Raises UserError where it has not run."""
-        checkpoints = Checkpoints(self.folder(stage) / "checkpoints")
+        """The parameters at the end of a stage, never those before. Raises UserError where they are not there."""
+        last = getattr(self.config, stage).steps
         try:
-            return checkpoints.restore_params(abstract_parameters(model, self.placement))
-        finally:
-            checkpoints.close()
+            return restore_params(self.folder(stage) / "checkpoints", last, abstract_parameters(model, self.placement))
+        except UserError as error:
+            raise UserError(
+                f"{error}. Delete {self.record(stage)}, and the same command trains stage {stage} again from its last "
+                f"whole checkpoint"
+            ) from error
 
 
 def open_run(config: Config, workdir: epath.Path) -> Run:

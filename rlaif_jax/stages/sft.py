@@ -58,7 +58,7 @@ def run_sft(run: Run) -> None:
 
     train(
         folder,
-        LoopConfig(config.steps, config.checkpoint_every),
+        LoopConfig(config.steps, config.checkpoint_every, config.keep_best),
         abstract_state(model, optimizer, run.placement),
         lambda: init_state(model, _initial_params(run, model), optimizer, run.placement),
         next_step,

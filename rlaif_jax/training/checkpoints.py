@@ -1,65 +1,231 @@
-"""Orbax checkpoints of a stage: the parameters and, apart from them, the rest of the state."""
+"""Orbax checkpoints of a stage, each file with a checksum of ours: Orbax does not notice flipped bytes.
+
+`STEP/` is Orbax's: the parameters, and apart from them the rest of the state. `checksums/STEP.json` is written once
+Orbax has finished the step: a checkpoint without it is one that a kill cut short, and counts for nothing.
+"""
 
 import dataclasses
-from typing import TypeVar
+import errno
+import functools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.files import file_hashes, write_json
 
 State = TypeVar("State")
+_KEEP = 2  # the newest, and the one to fall back on
+_OVERHEAD = 1 << 20  # bytes: room for Orbax's metadata and half-filled blocks
+_TEMPORARY = "orbax-checkpoint-tmp"  # in the name of each folder that Orbax has not finished
+
+
+class Checkpoints:
+    """The checkpoints of one stage, for the loop that writes them: the newest two and, by a metric, the best.
+
+    A state is any dataclass pytree with a field `params`; other stages read that item alone.
+    """
+
+    def __init__(self, folder: epath.Path, keep_best: str = ""):
+        """keep_best: "", or "min METRIC" or "max METRIC"."""
+        self.folder, self._keep_best = _absolute(folder), keep_best
+
+    def resume(self, abstract: State) -> tuple[int, State] | None:
+        """Step and state of the newest whole checkpoint, on the shardings of `abstract`; None where there is none.
+
+        Newer ones are deleted, since Orbax saves nothing before its last step; a damaged one is reported on stderr.
+        Raises UserError where all are damaged, and where the state does not fit.
+        """
+        self._sweep()
+        steps = _steps(self.folder)
+        cut_short = [step for step in steps[-1:] if not _manifest(self.folder, step).exists()]
+        finished = [step for step in steps if step not in cut_short]
+        damaged: dict[int, str] = {}
+        for step in reversed(finished):
+            if not (reason := damage(self.folder, step)):
+                break
+            damaged[step] = reason
+        if finished and len(damaged) == len(finished):
+            newest = f"step {finished[-1]} {damaged[finished[-1]]}"
+            raise UserError(
+                f"no whole checkpoint in {self.folder}: {newest}. Restore the folder from a copy, or delete it to "
+                f"train the stage from its start"
+            )
+        for bad, reason in damaged.items():
+            print(f"rlaif_jax: deleted checkpoint {self.folder}/{bad}, which {reason}", file=sys.stderr)
+        if jax.process_index() == 0:
+            for bad in (*cut_short, *damaged):
+                (self.folder / str(bad)).rmtree()
+            self._prune()
+        if not finished:
+            return None
+        step = finished[-1 - len(damaged)]
+        items = {"params": abstract.params, "rest": _rest(abstract)}
+        restored = {name: _restore(self.folder / str(step) / name, item) for name, item in items.items()}
+        return step, dataclasses.replace(abstract, params=restored["params"], **restored["rest"])
+
+    def save(self, step: int, state, metrics: Mapping[str, float]) -> None:
+        """Writes a checkpoint; it counts only once its checksums are there. metrics: of the step just done."""
+        items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(_rest(state))}
+        manager = self._manager
+        _check_room(self.folder, state)
+        try:
+            saved = manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics))
+            manager.wait_until_finished()
+        except BaseException:
+            self._sweep()  # half a checkpoint would take room from whoever runs out of it
+            raise
+        if not saved:
+            raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, which has {_steps(self.folder)}")
+        if jax.process_index() == 0:
+            names = _files(self.folder / str(step))
+            hashes = file_hashes([self.folder / str(step) / name for name in names])
+            write_json(_manifest(self.folder, step), dict(zip(names, hashes, strict=True)))
+            self._prune()
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        if "_manager" in self.__dict__:
+            self._manager.close()
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Made at the first save: it reads what is there, damaged or not, and says so on stderr.
+        latest = checkpoint_managers.LatestN(n=_KEEP)
+        options = {"preservation_policy": latest}
+        if self._keep_best:
+            mode, metric = self._keep_best.split()
+            best = checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[metric],
+                reverse=mode == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            # Without best_fn Orbax does not write the metrics down, and forgets them with the process.
+            options = {
+                "preservation_policy": checkpoint_managers.AnyPreservationPolicy([latest, best]),
+                "best_fn": lambda metrics: metrics[metric],
+                "best_mode": mode,
+            }
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False, **options),
+        )
+
+    def _sweep(self) -> None:
+        """Deletes what unfinished saves have left."""
+        if self.folder.exists() and jax.process_index() == 0:
+            for path in self.folder.iterdir():
+                if _TEMPORARY in path.name:
+                    path.rmtree()
+
+    def _prune(self) -> None:
+        """Deletes the checksums of checkpoints that are gone."""
+        steps, folder = _steps(self.folder), self.folder / "checksums"
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.name not in {f"{step}.json" for step in steps}:
+                path.unlink()
+
+
+def restore_params(folder: epath.Path, step: int, abstract):
+    """The parameters alone of one checkpoint in `folder`, on the shardings of `abstract`.
+
+    Raises UserError where that checkpoint is missing or damaged, whatever others there are.
+    """
+    folder = _absolute(folder)
+    if not (folder / str(step)).exists():
+        raise UserError(f"no checkpoint {folder}/{step}")
+    if reason := damage(folder, step):
+        raise UserError(f"checkpoint {folder}/{step} {reason}")
+    return _restore(folder / str(step) / "params", abstract)
+
+
+def _absolute(folder: epath.Path) -> epath.Path:
+    return folder if folder.is_absolute() else folder.absolute()  # Orbax wants it, and it would break gs:// ones
 
 
 def _rest(state) -> dict:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
-class Checkpoints:
-    """The checkpoints of one stage, the newest `keep` of them.
+def _steps(folder: epath.Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
-    A state is any dataclass pytree with a field `params`; other stages read that item alone.
+
+def _manifest(folder: epath.Path, step: int) -> epath.Path:
+    return folder / "checksums" / f"{step}.json"
+
+
+def _files(folder: epath.Path, prefix: str = "") -> list[str]:
+    """The paths of all files below `folder`, relative to it."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        names += _files(path, f"{prefix}{path.name}/") if path.is_dir() else [prefix + path.name]
+    return names
+
+
+def _check_room(folder: epath.Path, state) -> None:
+    """Raises OSError where the disk has no room for this host's part of `state`.
+
+    Before Orbax begins: when it runs out of room itself, its threads fill stderr with tracebacks.
     """
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # a bucket
+        return
+    shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    needed = sum(shard.data.nbytes for shard in shards) + _OVERHEAD
+    if free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{folder}: a checkpoint needs {needed} bytes")
 
-    def __init__(self, folder: epath.Path, keep: int = 2):
-        self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        if not folder.is_absolute():  # Orbax refuses relative paths, and absolute() would break gs:// ones
-            folder = folder.absolute()
-        self._manager = ocp.CheckpointManager(folder, options=options)
 
-    def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step; None where there is none."""
-        return self._manager.latest_step()
+def damage(folder: epath.Path, step: int) -> str:
+    """What is wrong with a checkpoint's bytes, as "has ..."; "" where every file is as it was written."""
+    manifest = _manifest(folder, step)
+    if not manifest.exists():
+        return f"has no checksums in {manifest.parent}"
+    try:
+        hashes = dict(json.loads(manifest.read_text()))
+    except ValueError:
+        return f"has unreadable checksums in {manifest}"
+    missing = sorted(hashes.keys() - set(_files(folder / str(step))))
+    if missing:
+        return f"has lost {missing[0]}"
+    found = file_hashes([folder / str(step) / name for name in hashes])
+    changed = [name for name, new in zip(hashes, found, strict=True) if new != hashes[name]]
+    return f"has other bytes in {changed[0]} than were written" if changed else ""
 
-    def save(self, step: int, state) -> None:
-        """Writes a checkpoint; it counts only once it is whole."""
-        items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(_rest(state)))
-        self._manager.save(step, args=items)
-        self._manager.wait_until_finished()
 
-    def restore(self, abstract: State) -> State:
-        """The newest state, on the shardings of `abstract`. Raises UserError where it does not fit."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(_rest(abstract))
+def _restore(path: epath.Path, abstract):
+    """An item of a checkpoint. Raises UserError that names the first array which does not fit `abstract`."""
+    handler = ocp.StandardCheckpointHandler()
+    found, expected = _arrays(handler.metadata(path).tree), _arrays(abstract)
+    # Before Orbax reads: it casts other dtypes silently, and its failures leave asyncio's complaints on stderr.
+    wrong = [name for name in expected | found if found.get(name) != expected.get(name)]
+    if wrong:
+        name = wrong[0]
+        more = f" (and {len(wrong) - 1} more)" if wrong[1:] else ""
+        raise UserError(
+            f"checkpoint {path} can't be restored: {name} is {found.get(name, 'missing')} there, and the config wants "
+            f"{expected.get(name, 'nothing')}{more}. Use the config that it was saved with, or another --workdir"
         )
-        restored = self._restore(items)
-        return dataclasses.replace(abstract, params=restored["params"], **restored["rest"])
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.StandardRestore(abstract))
 
-    def restore_params(self, abstract):
-        """The newest parameters alone, on the shardings of `abstract`."""
-        return self._restore(ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
 
-    def _restore(self, items):
-        step = self.latest_step()
-        if step is None:
-            raise UserError(f"no checkpoint in {self.folder}: run the stage that writes it first")
-        try:
-            return self._manager.restore(step, args=items)
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"checkpoint {self.folder}/{step} can't be restored: {reason}") from error
-
-    def close(self) -> None:
-        """Releases the manager's threads."""
-        self._manager.close()
+def _arrays(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each array by its path. Orbax makes dicts and lists of other containers: names alone count."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

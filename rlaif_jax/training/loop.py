@@ -1,6 +1,8 @@
 """The resumable loop that every training stage runs."""
 
+import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,6 +27,7 @@ class LoopConfig:
 
     steps: int
     checkpoint_every: int
+    keep_best: str = ""  # "min METRIC" or "max METRIC": the best checkpoint is kept beside the newest
 
 
 def train(
@@ -36,34 +39,36 @@ def train(
     is not finite, keeping the last checkpoint.
     """
     name = folder.name
-    checkpoints = Checkpoints(folder / "checkpoints")
-    start = checkpoints.latest_step() or 0
-    state = checkpoints.restore(abstract) if start else init()
-    log = StageLog(folder, folder.parent / "logs", start)
-    try:
-        for step in progress(range(start, config.steps), name, total=config.steps, initial=start, unit="step"):
-            began = time.perf_counter()
-            state, metrics, samples = next_step(state, step)
-            metrics = jax.device_get(metrics)
-            if not all(map(_finite, metrics.values())):
-                bad = sorted(key for key, value in metrics.items() if not _finite(value))
-                raise UserError(
-                    f"stage {name} stopped at step {step}: {', '.join(bad)} not finite; the last checkpoint is "
-                    f"step {checkpoints.latest_step() or 0}. Lower config.{name}.optimizer.learning_rate, and use "
-                    f"another --workdir or delete {folder}"
-                )
-            log.metrics(step, metrics)
-            for sample in samples:
-                log.sample(step, sample)
-            log.timing(step, time.perf_counter() - began, float(metrics["tokens"]))
-            done = step + 1
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                checkpoints.save(done, state)
-    finally:
-        log.close()
-        checkpoints.close()
+    with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_best)) as checkpoints:
+        start, state = checkpoints.resume(abstract) or (0, init())
+        saved = start
+        with contextlib.closing(StageLog(folder, folder.parent / "logs", start)) as log:
+            for step in progress(range(start, config.steps), name, total=config.steps, initial=start, unit="step"):
+                began = time.perf_counter()
+                state, metrics, samples = next_step(state, step)
+                metrics = {key: float(value) for key, value in jax.device_get(metrics).items()}
+                _check(name, config, folder, step, saved, metrics)
+                log.metrics(step, metrics)
+                for sample in samples:
+                    log.sample(step, sample)
+                log.timing(step, time.perf_counter() - began, metrics["tokens"])
+                done = step + 1
+                if done % config.checkpoint_every == 0 or done == config.steps:
+                    checkpoints.save(done, state, metrics)
+                    saved = done
     return state
 
 
-def _finite(value) -> bool:
-    return abs(float(value)) < float("inf")  # False for NaN, too
+def _check(name: str, config: LoopConfig, folder: epath.Path, step: int, saved: int, metrics: dict) -> None:
+    """Raises UserError where a metric is not finite, and where there is none by which to keep the best."""
+    bad = sorted(key for key, value in metrics.items() if not math.isfinite(value))
+    if bad:
+        raise UserError(
+            f"stage {name} stopped at step {step}: {', '.join(bad)} not finite; the last checkpoint is step {saved}. "
+            f"Lower config.{name}.optimizer.learning_rate, and use another --workdir or delete {folder}"
+        )
+    if config.keep_best and config.keep_best.split()[1] not in metrics:
+        raise UserError(
+            f"config.{name}.keep_best={config.keep_best!r} names no metric of the stage; they are "
+            f"{', '.join(sorted(metrics))}"
+        )

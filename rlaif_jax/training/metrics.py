@@ -1,12 +1,18 @@
 """metrics.jsonl (reproducible), timing.jsonl (wall clock), samples.jsonl and TensorBoard files of a stage."""
 
+import contextlib
 import json
+import time
 
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import write_text
+
+_FLUSH_SECONDS = 60  # a cloud bucket gets the whole event file at each flush
 
 
 class JsonLines:
@@ -39,6 +45,36 @@ class JsonLines:
         self._file.close()
 
 
+class Board:
+    """Scalars for TensorBoard, which hides what another process logged from `resume_step` on.
+
+    Written here and now: tensorboardX's SummaryWriter leaves it to a thread, whose death on a full disk blocks the
+    next scalars for ever.
+    """
+
+    def __init__(self, folder: epath.Path, resume_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        self._write(Event(step=resume_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """The metrics of a step."""
+        for name, value in values.items():
+            self._write(Event(step=step, summary=scalar(name, value)))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._events.close()
+
+
 class StageLog:
     """The log files of one stage, cut back to `resume_step`, the first step that will run."""
 
@@ -47,14 +83,13 @@ class StageLog:
         self._metrics = JsonLines(folder / "metrics.jsonl", resume_step)
         self._timing = JsonLines(folder / "timing.jsonl", resume_step)
         self._samples = JsonLines(folder / "samples.jsonl", resume_step)
-        self._board = SummaryWriter(str(logs / folder.name), purge_step=resume_step)
+        self._board = Board(logs / folder.name, resume_step)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics, all of them finite."""
         values = {name: float(value) for name, value in sorted(values.items())}
         self._metrics.write({"step": step} | values)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.scalars(step, values)
 
     def timing(self, step: int, seconds: float, tokens: float) -> None:
         """One line of wall-clock time: seconds of the step, and tokens a second."""
@@ -65,6 +100,7 @@ class StageLog:
         self._samples.write({"step": step} | row)
 
     def close(self) -> None:
-        """Closes all files."""
-        for log in (self._metrics, self._timing, self._samples, self._board):
-            log.close()
+        """Closes all files, also those after one that fails."""
+        with contextlib.ExitStack() as stack:
+            for log in (self._metrics, self._timing, self._samples, self._board):
+                stack.callback(log.close)

@@ -1,0 +1,132 @@
+"""Runs of the command as processes, killed at seeded random moments, and the comparison of what they leave."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pyarrow.parquet as pq
+from etils import epath
+
+from rlaif_jax.stages.pipeline import STAGES
+from rlaif_jax.training.checkpoints import damage
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """A moment: `delay` seconds after `stage` has begun and left `events` traces (see `_events`)."""
+
+    stage: str
+    events: int
+    delay: float
+    signal: signal.Signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The command with its flags but for --workdir; its processes share one compilation cache."""
+
+    flags: list[str]
+    cache: Path
+
+    def start(self, workdir, *more: str) -> subprocess.Popen:
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # tiny models take longer to compile than to run
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+        command = [sys.executable, "-m", "rlaif_jax.main", *self.flags, f"--workdir={workdir}", *more]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, workdir, *more: str) -> tuple[int, str]:
+        """Exit status and stderr."""
+        process = self.start(workdir, *more)
+        error = process.communicate()[1]
+        return process.returncode, error
+
+
+def draw_kills(undisturbed: Path, number: int, seed: int) -> list[Kill]:
+    """`number` moments over a whole run, in order: as many in each stage, and one in each at least."""
+    rng, names = np.random.default_rng(seed), list(STAGES)
+    kills = []
+    for i, stage in enumerate(names):
+        count = max(1, len(range(i, number, len(names))))
+        events = max(_events(undisturbed / stage) - 1, count)  # the last trace may be the end of the stage
+        for event in sorted(rng.choice(events, count, replace=False).tolist()):
+            with_signal = signal.SIGKILL if rng.random() < 0.7 else signal.SIGTERM
+            kills.append(Kill(stage, event, float(rng.uniform(0, 0.15)), with_signal))
+    return kills
+
+
+def survive(command: Command, workdir: Path, kills: list[Kill]) -> None:
+    """Runs the same command again and again, killed once each time, and then to its end."""
+    for kill in kills:
+        began = time.time_ns()
+        process = command.start(workdir)
+        target = list(STAGES).index(kill.stage), kill.events
+        while _position(workdir, began) < target:
+            assert process.poll() is None, f"{kill}: {process.communicate()[1]}"
+            time.sleep(0.002)
+        time.sleep(kill.delay)
+        process.send_signal(kill.signal)
+        process.communicate(timeout=10)
+        assert process.returncode == -kill.signal, f"{kill} came too late: exit status {process.returncode}"
+    status, error = command.run(workdir)
+    assert status == 0, error
+
+
+def _position(workdir: Path, began: int) -> tuple[int, int]:
+    """The number of the stage that a process started at `began` works on, and the stage's traces."""
+    for i, stage in reversed(list(enumerate(STAGES))):
+        record = workdir / stage / "stage.json"
+        if record.exists() and record.stat().st_mtime_ns > began:
+            return i, _events(workdir / stage)
+    return -1, 0
+
+
+def _events(folder: Path) -> int:
+    """Traces of progress in a stage's folder: logged steps, checkpoints and label shards."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    checkpoints = folder.glob("checkpoints/checksums/*.json")
+    return lines + len([*folder.glob("*.parquet"), *folder.glob("shards/*.parquet"), *checkpoints])
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Every file of two runs holds the same, bit for bit, but for the clock's."""
+    assert _files(one) == _files(other)
+    for name in _files(one):
+        if name.endswith(".parquet"):
+            assert pq.read_table(one / name).equals(pq.read_table(other / name)), name
+        else:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert _checkpoints(one) == _checkpoints(other)
+    for name in _checkpoints(one):
+        jax.tree.map(np.testing.assert_array_equal, _arrays(one / name), _arrays(other / name))
+
+
+def _files(workdir: Path) -> list[str]:
+    names = [str(path.relative_to(workdir)) for path in sorted(workdir.rglob("*")) if path.is_file()]
+    return [name for name in names if not {"checkpoints", "logs", "timing.jsonl"} & set(name.split("/"))]
+
+
+def _checkpoints(workdir: Path) -> list[str]:
+    """Each checkpoint's folder; all are whole."""
+    steps = [path for path in sorted(workdir.glob("*/checkpoints/*")) if path.name.isdigit()]
+    for step in steps:
+        assert not damage(epath.Path(step.parent), int(step.name)), step
+    return [str(step.relative_to(workdir)) for step in steps]
+
+
+def _arrays(checkpoint: Path):
+    """Parameters, optimizer state and what else there is."""
+    handler = ocp.StandardCheckpointHandler()
+    return {item: handler.restore(epath.Path(checkpoint / item)) for item in ("params", "rest")}

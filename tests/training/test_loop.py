@@ -1,0 +1,72 @@
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from flax import struct
+
+from rlaif_jax.errors import UserError
+from rlaif_jax.training.loop import LoopConfig, train
+from tests.helpers import flip_a_byte, largest_file
+
+
+class Counter(struct.PyTreeNode):
+    step: jax.Array
+    params: dict
+
+
+def init():
+    return Counter(jnp.zeros((), jnp.int32), {"total": jnp.zeros((4,))})
+
+
+def next_step(state, step):
+    state = Counter(state.step + 1, {"total": state.params["total"] + step})
+    return state, {"loss": state.params["total"][0], "tokens": 1}, [{"text": f"at {step}"}]
+
+
+def run(folder, steps=6, keep_best="", step_fn=next_step):
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init())
+    return train(folder, LoopConfig(steps, 2, keep_best), abstract, init, step_fn)
+
+
+def lines(folder, name):
+    return [json.loads(line)["step"] for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_damaged_newest_checkpoint_sends_the_stage_back_to_the_one_before(tmp_path, capfd):
+    whole, folder = epath.Path(tmp_path) / "whole" / "sft", epath.Path(tmp_path) / "damaged" / "sft"
+    expected = run(whole)
+
+    def dies_at_five(state, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return next_step(state, step)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        run(folder, step_fn=dies_at_five)
+    flip_a_byte(largest_file(folder / "checkpoints" / "4"))
+    timed = (folder / "timing.jsonl").read_text().splitlines()
+    capfd.readouterr()
+    done = []
+    state = run(folder, step_fn=lambda state, step: done.append(step) or next_step(state, step))
+    assert done == [2, 3, 4, 5]
+    assert capfd.readouterr().err.count("deleted checkpoint") == 1
+    assert state.params["total"].tolist() == expected.params["total"].tolist()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    assert lines(folder, "timing.jsonl") == list(range(6))
+    assert (folder / "timing.jsonl").read_text().splitlines()[:2] == timed[:2]
+
+
+def test_an_unknown_metric_to_keep_the_best_by_fails_at_the_first_step(tmp_path):
+    with pytest.raises(UserError, match=r"config\.sft\.keep_best='min lost' names no metric.*they are loss, tokens"):
+        run(epath.Path(tmp_path) / "sft", keep_best="min lost")
+    assert not (tmp_path / "sft" / "metrics.jsonl").read_text()
+
+
+def test_the_best_checkpoint_of_a_stage_stays(tmp_path):
+    run(epath.Path(tmp_path) / "sft", steps=10, keep_best="min loss")
+    kept = {path.name for path in (tmp_path / "sft" / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {"2", "8", "10"}
