@@ -22,6 +22,11 @@ def optimizer(learning_rate: float, schedule: str, warmup_steps: int, weight_dec
     )
 
 
+def sampling(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> config_dict.ConfigDict:
+    """How tokens are drawn: the softmax at a temperature, cut to its likelier tokens by the filters that are on."""
+    return group(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
 def source(kind: str = "", path: str = "", name: str = "", split: str = "", limit: int = 0, **fields: str):
     """Where the rows of a set come from (rlaif_jax/data/sources.py); `fields` maps our names to theirs."""
     return group(kind=kind, path=path, name=name, split=split, limit=limit, fields=config_dict.ConfigDict(fields))

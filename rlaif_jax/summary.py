@@ -79,13 +79,15 @@ def print_judgement(judge: Judge, pair: Pair, judgement: Judgement) -> None:
     for name, probability, tokens in rows:
         table.add_row(name, "-" if probability is None else f"{probability:.4f}", str(tokens))
     console.print(table)
+    for name, rationale in (("a first", judgement.rationale_forward), ("b first", judgement.rationale_reversed)):
+        if rationale is not None:
+            console.rule(f"rationale, {name}")
+            console.print(rationale, markup=False, highlight=False, soft_wrap=True)
     if judgement.status != "ok":
         console.print(f"not scored: {judgement.status}")
 
 
 def _print_prompts(console: Console, judge: Judge, pair: Pair) -> None:
-    orders = (("a first", pair.response_a, pair.response_b), ("b first", pair.response_b, pair.response_a))
-    for name, first, second in orders:
+    for name, prompt in zip(("a first", "b first"), judge.prompts(pair), strict=True):
         console.rule(f"prompt, {name}")
-        prompt = judge.template.preamble + judge.template.suffix(pair.prompt, first, second)
         console.print(prompt, markup=False, highlight=False, soft_wrap=True)

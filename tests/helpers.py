@@ -14,10 +14,14 @@ from rlaif_jax.config import Config, RLConfig, parse
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel, unembedding
 from rlaif_jax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from rlaif_jax.sampling.distribution import SamplingConfig
+from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.training.optimizer import OptimizerConfig
 from rlaif_jax.training.sequences import Sequences
 
 EOS = 1
+SAMPLING = SamplingConfig(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
+STOPPING = Stopping((EOS,), (), np.zeros((0, 0), np.uint8), np.zeros(0, np.int32))
 
 TINY = ModelConfig(
     vocab_size=64,
@@ -66,9 +70,9 @@ def random_params(model: LanguageModel | ScalarModel, seed: int = 0) -> dict:
     return jax.tree.map(np.copy, _weights(model, seed))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, params, tokens, segment_ids, positions=None, cache=None, prefix=None):
-    return model.apply({"params": params}, tokens, segment_ids, positions, cache, prefix)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="keep_keys")
+def apply(model, params, tokens, segment_ids, positions=None, **arguments):
+    return model.apply({"params": params}, tokens, segment_ids, positions, **arguments)
 
 
 def full_logits(model, params, tokens) -> np.ndarray:
@@ -113,7 +117,7 @@ def assert_trees_close(a, b, **tolerance):
 
 
 def rl_config(**changes) -> RLConfig:
-    fields = {"batch_size": 8, "minibatches": 2, "epochs": 1, "temperature": 0.7, "kl_coef": 0.1}
+    fields = {"batch_size": 8, "minibatches": 2, "epochs": 1, "sampling": SAMPLING, "kl_coef": 0.1}
     return dataclasses.replace(quickstart_config().rl, **(fields | changes))
 
 

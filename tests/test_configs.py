@@ -21,7 +21,7 @@ def test_every_arm_of_every_config_is_valid(module, arm):
     config = parse(module.get_config(arm).to_dict())
     check(config, devices=1)
     check_decoder(config.policy.model, 0)
-    assert load_template(config.judge.template).choices
+    assert load_template(config.judge.template, config.judge.chain_of_thought).choices
 
 
 @pytest.mark.parametrize("arm", ["rlaif", "smoke"])
@@ -29,6 +29,7 @@ def test_arms_change_what_they_say(arm):
     plain = tldr.get_config(arm)
     assert tldr.get_config(f"rlhf,{arm}").label.source == "human" != plain.label.source
     assert tldr.get_config(f"base_prompt,{arm}").judge.template == "summary_base" != plain.judge.template
+    assert tldr.get_config(f"reasoning,{arm}").judge.chain_of_thought is True is not plain.judge.chain_of_thought
     shared = tldr.get_config(f"self,{arm}")
     shared.policy.weights = "other.gguf"
     assert shared.judge.weights == "other.gguf"

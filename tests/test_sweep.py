@@ -249,7 +249,7 @@ def test_bad_usage_is_one_line_before_any_work(fake, judge, tmp_path, capfd, cas
 def real(judge, tmp_path_factory):
     """A sweep of real stages on one device, for which they compile quickly. Returns its folder."""
     folder = tmp_path_factory.mktemp("real")
-    arms = {"low": {}, "cold": {"evaluation.temperature": 0.0}}
+    arms = {"low": {}, "cold": {"evaluation.sampling.temperature": 0.0}}
     flags = sweep_flags(judge, folder, arms, ("ground_truth_good/rl", "kl/rl_vs_sft"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "make_mesh", lambda config: one_device_mesh())

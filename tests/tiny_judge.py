@@ -15,7 +15,7 @@ def write_judge(path, seed: int = 0) -> str:
     """Writes the file and returns its path. Its tokenizer knows both choices of the default template as one token."""
     kinds = embedded.KINDS.values()
     texts = [prompt.format(t=topic) for kind in kinds for prompt in kind.prompts for topic in kind.topics]
-    tokenizer = tokenizers.train([load_template("everyday_requests").preamble, *texts, " good bad" * 50], 700)
+    tokenizer = tokenizers.train([load_template("everyday_requests", False).preamble, *texts, " good bad" * 50], 700)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -63,7 +63,10 @@ def tiny_run_flags(judge: str, workdir) -> list[str]:
     overrides = {
         "judge.weights": judge,
         "judge.shard_size": 4,
-        "judge.batch_size": 8,
+        "judge.batch_tokens": 512,
+        "judge.buckets": 2,
+        "sampler.slots": 8,
+        "sampler.refill": 4,
         "data.embedded.train_prompts": 80,
         "data.embedded.evaluation_combinations": 6,
         "data.embedded.evaluation_unseen_templates": 2,
@@ -79,7 +82,6 @@ def tiny_run_flags(judge: str, workdir) -> list[str]:
         "sft.row_length": 128,
         "sft.checkpoint_every": 2,
         "label.pairs": 16,
-        "label.sample_batch_size": 8,
         "reward_model.steps": 4,
         "reward_model.batch_size": 8,
         "reward_model.checkpoint_every": 2,
@@ -87,7 +89,7 @@ def tiny_run_flags(judge: str, workdir) -> list[str]:
         "rl.steps": 6,
         "rl.batch_size": 16,
         "rl.checkpoint_every": 2,
-        "evaluation.sample_batch_size": 8,
+        "evaluation.batch_size": 8,
         "evaluation.bootstrap_samples": 100,
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]

@@ -23,6 +23,8 @@ _PRE_TOKENIZERS = {
     "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True)],
     "gpt-2": list,
 }
+# Tokens that end a turn, by family; a model may write one of them where its tokenizer names another as the end.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
@@ -52,6 +54,17 @@ def from_gguf(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
         pad_token=tokens[fields.get("padding_token_id", fields["eos_token_id"])],
         chat_template=metadata(reader, "tokenizer.").get("chat_template"),
     )
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The tokens at which a reply ends: end of sequence, and every end of turn that the tokenizer knows as special."""
+    turns = {index for index, token in special_tokens(tokenizer).items() if token in _END_OF_TURN}
+    return tuple(sorted({tokenizer.eos_token_id, *turns}))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """All tokens that are no text, whether or not the tokenizer has a role for them."""
+    return {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def from_folder(folder: str | epath.Path) -> PreTrainedTokenizerFast:

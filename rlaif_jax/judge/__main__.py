@@ -9,7 +9,7 @@ from etils import epath
 from rlaif_jax.commands import parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.score import Pair, judge_pairs, load_judge
+from rlaif_jax.judge.score import Pair, judge_pairs, load_judge, plan_judging
 from rlaif_jax.stages.run import open_run
 from rlaif_jax.summary import print_judgement
 
@@ -35,7 +35,7 @@ def _main(argv: list[str]) -> int:
     run, pair = open_run(parse(options.config.to_dict()), epath.Path(".")), Pair(*texts)
     with jax.set_mesh(run.placement.mesh):
         judge = load_judge(run.config.judge, run.config.seed, run.placement)
-        (judgement,) = judge_pairs(judge, [pair], lambda prompts: None)
+        (judgement,) = judge_pairs(judge, [pair], plan_judging(judge, [pair]), 0, lambda prompts: None)
     print_judgement(judge, pair, judgement)
     return 0 if judgement.status == "ok" else 1
 

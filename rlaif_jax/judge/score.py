@@ -1,9 +1,11 @@
-"""The local judge: log-probabilities of the two answers, in both orders, the shared preamble prefilled once."""
+"""The local judge: log-probabilities of the two answers, in both orders, nothing that prompts share read twice."""
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,16 @@ from transformers import PreTrainedTokenizerFast
 from rlaif_jax.data import tokenizers
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import Template, load_template, text_hash
+from rlaif_jax.judge.rationale import RationaleConfig, Reasoner, make_reasoner, reason
 from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import Placement, place_parameters
-from rlaif_jax.models.transformer import KVCache, LanguageModel, empty_cache, unembedding
-from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.models.cache import KVCache
+from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
+from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.sampling.buckets import length_buckets
+from rlaif_jax.sampling.trees import Scorer, Tree, grow, score_trees, sum_by_choice
+
+_PLANNED = 1024  # trees of a job whose lengths decide what lengths are compiled
+_BEGINNINGS = ("a", "A", "1", " ", "\n", "\n\n", "\t", ".", "'s", "é", "中")  # of texts, each split in its own way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +33,18 @@ class JudgeConfig:
 
     weights: str  # a GGUF file; package:NAME for the one inside an installed package
     template: str  # a name in rlaif_jax/judge/templates, or the path of a YAML file
-    batch_size: int  # prompts scored at a time
-    bucket: int  # prompts are padded to a multiple of this many tokens
-    max_length: int  # tokens of a whole prompt, preamble included
+    chain_of_thought: bool  # the judge explains itself before it chooses
+    batch_tokens: int  # tokens scored at a time, padding included
+    buckets: int  # different lengths that prompts are padded to, one compiled program each
+    bucket_multiple: int  # what all these lengths are multiples of
+    pairs_per_tree: int  # consecutive pairs of one prompt that read it together
+    max_length: int  # tokens of a whole prompt, preamble, rationale and answer included
     dtype: str  # of the computation
+    attention: str  # a name in rlaif_jax/models/attention.py: "auto", "plain", "cudnn" or "splash"
     shuffle_weights: bool  # negative control: permutes the entries of every matrix
     shard_size: int  # pairs in one committed shard of labels
     max_failure_rate: float  # a larger share of unscored pairs stops the stage
+    rationale: RationaleConfig  # how rationales are written in a chain of thought
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +64,8 @@ class Judgement:
     prob_a: float | None
     prob_a_forward: float | None  # a in slot 1
     prob_a_reversed: float | None  # a in slot 2
+    rationale_forward: str | None  # of a judge that explains itself
+    rationale_reversed: str | None
     tokens_forward: int  # of the whole prompt
     tokens_reversed: int
     hash_forward: str  # of the whole prompt's text
@@ -59,17 +74,16 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A loaded judge. `prefix` holds the keys and values of the template's preamble."""
+    """A loaded judge."""
 
     config: JudgeConfig
     template: Template
     tokenizer: PreTrainedTokenizerFast
-    model: LanguageModel
-    params: dict
-    prefix: KVCache
-    answers: tuple[int, int]
-    placement: Placement
+    scorer: Scorer  # its prefix holds the keys and values of `preamble`
+    preamble: tuple[int, ...]  # the tokens that all prompts begin with
+    choices: tuple[tuple[int, ...], ...]
     weights_hash: str
+    reasoner: Reasoner | None  # where the template asks for a rationale
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -81,62 +95,144 @@ class Judge:
             "template_hash": self.template.digest,
         }
 
+    def prompts(self, pair: Pair) -> tuple[str, str]:
+        """The whole prompts of a pair, with response a and with response b in slot 1."""
+        suffix, preamble = self.template.suffix, self.template.preamble
+        forward = preamble + suffix(pair.prompt, pair.response_a, pair.response_b)
+        return forward, preamble + suffix(pair.prompt, pair.response_b, pair.response_a)
+
+
+class Plan(NamedTuple):
+    """The shapes that a labelling job compiles."""
+
+    buckets: list[int]  # lengths that trees are padded to
+    asked: int  # the most questions of a tree
+
 
 def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
-    """Loads the weights and the template, and prefills the preamble.
+    """Loads the weights and the template, and reads the preamble.
 
-    Raises UserError where an answer is not one token, or where the preamble leaves no room for a pair.
+    Raises UserError where the choices are the same tokens, or where the preamble leaves no room for a pair.
     """
-    template = load_template(config.template)
+    template = load_template(config.template, config.chain_of_thought)
     reader = gguf.open_gguf(config.weights)
     tokenizer = tokenizers.from_gguf(reader)
-    answers = tuple(_single_token(tokenizer, choice) for choice in template.choices)
-    if answers[0] == answers[1]:
-        raise UserError(f"judge template {template.name}: both choices are the same token")
-    preamble = _tokens(tokenizer, template.preamble)
+    choices = tuple(tuple(tokens) for tokens in _tokens(tokenizer, template.choices))
+    if choices[0] == choices[1]:
+        raise UserError(f"judge template {template.name}: both choices are the same tokens")
+    preamble = _shared_tokens(tokenizer, template)
     if len(preamble) >= config.max_length:
         raise UserError(
             f"the preamble of judge template {template.name} has {len(preamble)} tokens, which leaves no room for "
             f"a pair in judge.max_length={config.max_length}"
         )
-    model = LanguageModel(dataclasses.replace(gguf.model_config(reader), dtype=config.dtype))
+    model = LanguageModel(
+        dataclasses.replace(gguf.model_config(reader), dtype=config.dtype, attention=config.attention)
+    )
     weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
     params = place_parameters(model, weights, placement)
-    prefix = _prefill(model, params, jnp.asarray([preamble], jnp.int32))
-    return Judge(
-        config, template, tokenizer, model, params, prefix, answers, placement, gguf.weights_hash(config.weights)
-    )
+    if template.reasoning:  # which decodes
+        params, model = decoding_parameters(model, params, placement), decoding_model(model)
+    prefix = _read(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
+    scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
+    reasoner = None
+    if template.reasoning:
+        reasoner = make_reasoner(config.rationale, template.reasoning, tokenizer, scorer, choices, seed)
+    return Judge(config, template, tokenizer, scorer, preamble, choices, gguf.weights_hash(config.weights), reasoner)
 
 
-def judge_pairs(judge: Judge, pairs: Sequence[Pair], on_prompts: Callable[[int], object]) -> list[Judgement]:
+def plan_judging(judge: Judge, pairs: Sequence[Pair]) -> Plan:
+    """The shapes for a job, from the lengths of about `_PLANNED` of its trees, spread evenly over it."""
+    groups = _groups(pairs, judge.config.pairs_per_tree)
+    some = groups[:: math.ceil(len(groups) / _PLANNED)] if groups else []
+    lengths = [len(_tree(judge, _rests(judge, [pairs[i] for i in group]))) for group in some]
+    buckets = length_buckets(lengths, judge.config.buckets, judge.config.bucket_multiple) if lengths else []
+    return Plan(buckets, 2 * max(map(len, groups), default=0) * sum(map(len, judge.choices)))
+
+
+def judge_pairs(
+    judge: Judge, pairs: Sequence[Pair], plan: Plan, first_pair: int, on_prompts: Callable[[int], object]
+) -> list[Judgement]:
     """Judges each pair in both orders and averages (Lee et al., arXiv 2309.00267, section 2.1.1).
 
-    `on_prompts` is told how many prompts each batch scored.
+    plan: of the job that the pairs are part of. first_pair: the number of the first one in the job, on which
+    rationales depend. `on_prompts` is told of prompts that are scored, and how many.
     """
-    suffixes = []
-    for pair in pairs:
-        suffixes.append(judge.template.suffix(pair.prompt, pair.response_a, pair.response_b))
-        suffixes.append(judge.template.suffix(pair.prompt, pair.response_b, pair.response_a))
-    tokens = [_tokens(judge.tokenizer, suffix) for suffix in suffixes]
-    preamble = judge.prefix.key.shape[2]
-    fits = [preamble + len(row) <= judge.config.max_length for row in tokens]
-    scored = [i for i, fit in enumerate(fits) if fit]
-    logprobs = np.full((len(suffixes), 2), np.nan)
-    if scored:
-        logprobs[scored] = _score(judge, [tokens[i] for i in scored], on_prompts)
+    rests = _rests(judge, pairs)
+    tokens_after = judge.reasoner.tokens_after if judge.reasoner else max(map(len, judge.choices)) - 1
+    lengths = [len(judge.preamble) + len(rest) for rest in rests]
+    fits = [length + tokens_after <= judge.config.max_length for length in lengths]
+    wanted = [i for i, pair in enumerate(pairs) if all(fits[2 * i : 2 * i + 2]) and pair.response_a != pair.response_b]
+    logprobs = np.full((len(pairs), 2, 2), np.nan)  # pair, order, slot
+    rationales: dict[int, str] = {}
+    if judge.reasoner:
+        rows = [2 * i + order for i in wanted for order in (0, 1)]
+        row_ids = [2 * first_pair + row for row in rows]
+        for row, (text, scores) in reason(judge.reasoner, [rests[row] for row in rows], row_ids):
+            logprobs[divmod(rows[row], 2)], rationales[rows[row]] = scores, text
+            on_prompts(1)
+    else:
+        for chosen, scores in _score(judge, pairs, wanted, rests, plan):
+            logprobs[chosen] = scores
+            on_prompts(2 * len(chosen))
     judgements = []
     for i, pair in enumerate(pairs):
-        orders = slice(2 * i, 2 * i + 2)
-        forward, backward = (_log_odds(row) for row in logprobs[orders])
-        status = _status(pair, all(fits[orders]), forward, backward)
+        forward, backward = (_log_odds(row) for row in logprobs[i])
+        status = _status(pair, all(fits[2 * i : 2 * i + 2]), forward, backward)
         prob_a = prob_forward = prob_reversed = None
         if status == "ok":
             prob_forward, prob_reversed = _sigmoid(forward), _sigmoid(-backward)
             prob_a = (prob_forward + prob_reversed) / 2
-        lengths = [preamble + len(row) for row in tokens[orders]]
-        hashes = [text_hash(judge.template.preamble + suffix) for suffix in suffixes[orders]]
-        judgements.append(Judgement(status, prob_a, prob_forward, prob_reversed, *lengths, *hashes))
+        written = (rationales.get(2 * i), rationales.get(2 * i + 1))
+        hashes = map(text_hash, judge.prompts(pair))
+        judgements.append(
+            Judgement(status, prob_a, prob_forward, prob_reversed, *written, *lengths[2 * i : 2 * i + 2], *hashes)
+        )
     return judgements
+
+
+def _score(
+    judge: Judge, pairs: Sequence[Pair], wanted: list[int], rests: list[list[int]], plan: Plan
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Log-probs of the two choices in both orders: yields (pairs, [pairs, order, slot] float64) tree by tree."""
+    groups = _groups([pairs[i] for i in wanted], judge.config.pairs_per_tree)
+    members = [[wanted[i] for i in group] for group in groups]
+    trees = [_tree(judge, [rest for i in group for rest in rests[2 * i : 2 * i + 2]]) for group in members]
+    for index, logprobs in score_trees(judge.scorer, trees, plan.buckets, plan.asked):
+        chosen = members[index]
+        yield chosen, sum_by_choice(logprobs, 2 * len(chosen), judge.choices).reshape(-1, 2, 2)
+
+
+def _groups(pairs: Sequence[Pair], limit: int) -> list[list[int]]:
+    """Numbers of consecutive pairs that compare responses to one prompt, at most `limit` of them together."""
+    groups = []
+    for _, same in itertools.groupby(range(len(pairs)), key=lambda i: pairs[i].prompt):
+        numbers = list(same)
+        groups += [numbers[start : start + limit] for start in range(0, len(numbers), limit)]
+    return groups
+
+
+def _tree(judge: Judge, rests: Sequence[Sequence[int]]) -> Tree:
+    return grow(rests, judge.choices)
+
+
+def _rests(judge: Judge, pairs: Sequence[Pair]) -> list[list[int]]:
+    """What follows the preamble's tokens in both prompts of each pair: two token lists a pair."""
+    texts = [text for pair in pairs for text in judge.prompts(pair)]
+    count, rests = len(judge.preamble), []
+    for text, tokens in zip(texts, _tokens(judge.tokenizer, texts), strict=True):
+        if tuple(tokens[:count]) != judge.preamble:  # a tokenizer that looks far ahead: the same text, split here
+            shared = judge.tokenizer.decode(judge.preamble)
+            tokens = [*judge.preamble, *_tokens(judge.tokenizer, [text.removeprefix(shared)])[0]]
+        rests.append(tokens[count:])
+    return rests
+
+
+def _shared_tokens(tokenizer: PreTrainedTokenizerFast, template: Template) -> tuple[int, ...]:
+    """The tokens that all prompts of a template begin with, whatever their texts begin with."""
+    texts = [template.preamble + template.suffix(begin, begin, begin) for begin in _BEGINNINGS]
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*_tokens(tokenizer, texts), strict=False))
+    return tuple(tokens[0] for tokens in alike)
 
 
 def _status(pair: Pair, fits: bool, forward: float, backward: float) -> str:
@@ -156,46 +252,12 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def _score(judge: Judge, rows: list[list[int]], on_prompts: Callable[[int], object]) -> np.ndarray:
-    """Log-probs of the two answers after preamble + row, [rows, 2] float64. Rows of like length share a batch."""
-    size, bucket = judge.config.batch_size, judge.config.bucket
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    out = np.empty((len(rows), 2))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        length = math.ceil(len(rows[chosen[-1]]) / bucket) * bucket
-        tokens, lengths = np.zeros((size, length), np.int32), np.ones(size, np.int32)
-        for i, row in enumerate(chosen):
-            tokens[i, : len(rows[row])], lengths[i] = rows[row], len(rows[row])
-        batch = shard_batch((tokens, lengths), judge.placement.mesh)
-        scores = _answer_logprobs(judge.model, judge.params, judge.prefix, *batch, judge.answers)
-        out[chosen] = np.asarray(scores)[: len(chosen)]
-        on_prompts(len(chosen))
-    return out
-
-
 @functools.partial(jax.jit, static_argnames="model")
-def _prefill(model: LanguageModel, params, tokens: jax.Array) -> KVCache:
-    cache = empty_cache(model.config, 1, tokens.shape[1])
-    return model.apply({"params": params}, tokens, jnp.ones_like(tokens), cache=cache)[1]
+def _read(model: LanguageModel, params, tokens: jax.Array) -> KVCache:
+    """The cache of one row, all of it real tokens."""
+    _, cache = model.apply({"params": params}, tokens, jnp.ones_like(tokens), keep_keys=True)
+    return cache.replace(mask=None)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "answers"))
-def _answer_logprobs(model, params, prefix: KVCache, tokens, lengths, answers: tuple[int, int]) -> jax.Array:
-    """tokens: [batch, length] int32 padded on the right; lengths: [batch] int32. Returns [batch, 2] float32."""
-    segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-    hidden, _ = model.apply({"params": params}, tokens, segment_ids, prefix=prefix)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = (last @ unembedding(params).astype(last.dtype)).astype(jnp.float32)
-    return jax.nn.log_softmax(logits, axis=-1)[:, jnp.asarray(answers)]
-
-
-def _tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _single_token(tokenizer: PreTrainedTokenizerFast, choice: str) -> int:
-    tokens = _tokens(tokenizer, choice)
-    if len(tokens) != 1:
-        raise UserError(f"the judge's tokenizer splits the choice {choice!r} into {len(tokens)} tokens; one is needed")
-    return tokens[0]
+def _tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []

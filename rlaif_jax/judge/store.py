@@ -13,7 +13,7 @@ from etils import epath
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_checked_parquet, write_checked_parquet, write_json, write_parquet
-from rlaif_jax.judge.score import Judge, Judgement, Pair, judge_pairs
+from rlaif_jax.judge.score import Judge, Judgement, Pair, judge_pairs, plan_judging
 from rlaif_jax.progress import progress
 
 SCHEMA = pa.schema(
@@ -24,6 +24,8 @@ SCHEMA = pa.schema(
         ("prob_a", pa.float64()),
         ("prob_a_forward", pa.float64()),
         ("prob_a_reversed", pa.float64()),
+        ("rationale_forward", pa.string()),
+        ("rationale_reversed", pa.string()),
         ("status", pa.string()),
         ("judge", pa.string()),
         ("judge_hash", pa.string()),
@@ -48,10 +50,11 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
     batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     committed = _committed(shards, judge)
     done = sum(len(chosen) for i, chosen in enumerate(batches) if i in committed)
+    plan = plan_judging(judge, pairs) if len(committed) < len(batches) else None
     with progress(None, description, total=2 * len(pairs), initial=2 * done, unit="prompt") as bar:
         for i, chosen in enumerate(batches):
             if i not in committed:
-                judged = _table(judge, chosen, judge_pairs(judge, chosen, bar.update))
+                judged = _table(judge, chosen, judge_pairs(judge, chosen, plan, i * size, bar.update))
                 committed[i] = write_checked_parquet(shards, f"{i:05d}", judged).name, judged
     names, tables = zip(*(committed[i] for i in range(len(batches))), strict=True)
     table = pa.concat_tables(tables)
@@ -94,7 +97,7 @@ def replay(judge: Judge, table: pa.Table, row: int) -> tuple[dict, dict]:
         raise UserError(f"no label row {row}: the file has rows 0 to {table.num_rows - 1}")
     stored = table.slice(row, 1).to_pylist()[0]
     pair = Pair(stored["prompt"], stored["response_a"], stored["response_b"])
-    judgement = judge_pairs(judge, [pair], lambda prompts: None)
+    judgement = judge_pairs(judge, [pair], plan_judging(judge, [pair]), row, lambda prompts: None)
     return stored, _table(judge, [pair], judgement).to_pylist()[0]
 
 
@@ -135,7 +138,7 @@ def _statuses(table: pa.Table) -> dict[str, int]:
 
 def _manifest(judge: Judge, table: pa.Table, shards: Sequence[str]) -> dict:
     return judge.provenance | {
-        "preamble_tokens": int(judge.prefix.key.shape[2]),
+        "preamble_tokens": len(judge.preamble),
         "rows": table.num_rows,
         "status": _statuses(table),
         "shards": list(shards),

@@ -1,13 +1,15 @@
 """Parameter trees on a mesh: fresh, from host arrays, or as shapes to restore into."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlaif_jax.parallel.mesh import parameter_shardings
+from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel.mesh import DECODE_RULES, RULES, Rules, parameter_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +19,9 @@ class Placement:
     mesh: Mesh
     replicated: tuple[str, ...] = ()
 
-    def parameters(self, model: nn.Module):
+    def parameters(self, model: nn.Module, rules: Rules = RULES):
         """Shardings of a model's parameters, as a tree of their shape."""
-        return parameter_shardings(_abstract_boxes(model), self.mesh, self.replicated)
+        return parameter_shardings(_abstract_boxes(model), self.mesh, self.replicated, rules)
 
     @property
     def whole(self) -> NamedSharding:
@@ -59,3 +61,29 @@ def abstract_parameters(model: nn.Module, placement: Placement):
         nn.unbox(_abstract_boxes(model)),
         placement.parameters(model),
     )
+
+
+def decoding_model(model: LanguageModel) -> LanguageModel:
+    """The same decoder with a layer of its own for each set of weights: none is cut out of a stack at each token."""
+    return LanguageModel(dataclasses.replace(model.config, remat=False), scan_layers=False)
+
+
+def decoding_parameters(model: LanguageModel, parameters, placement: Placement):
+    """The parameters of a model as `decoding_model` takes them, under the sharding rules of decoding.
+
+    They are in the dtype of the computation, so that a token reads no more bytes than it must.
+    """
+    return _to_decoding(model, placement)(parameters)
+
+
+@functools.lru_cache(maxsize=8)
+def _to_decoding(model: LanguageModel, placement: Placement):
+    def move(parameters):
+        decoder = dict(parameters["decoder"])
+        stacked = decoder.pop("layers")
+        for i in range(model.config.num_hidden_layers):
+            decoder[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+        matrices = lambda x: x.astype(model.config.dtype) if x.ndim > 1 else x  # noqa: E731
+        return jax.tree.map(matrices, parameters | {"decoder": decoder})
+
+    return jax.jit(move, out_shardings=placement.parameters(decoding_model(model), DECODE_RULES))

@@ -7,15 +7,16 @@ layers stacked along a leading axis and scanned.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 
+from rlaif_jax.models.attention import Block as Keys
+from rlaif_jax.models.attention import attend
+from rlaif_jax.models.cache import KVCache, LayerCache, append
 from rlaif_jax.parallel.mesh import constrain
-
-MASKED = -1e30  # finite, so that a query row with nothing to attend to gives no NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +35,8 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     remat: bool = False  # recompute each layer in the backward pass
+    attention: str = "auto"  # a name in attention.IMPLEMENTATIONS
     dtype: str = "float32"  # of the computation; parameters, softmax and norms stay float32
-
-
-class KVCache(struct.PyTreeNode):
-    """Keys and values of all layers in one array each, so that decoding updates them in place."""
-
-    key: jax.Array  # [layers, batch, slots, kv_heads, head_dim]
-    value: jax.Array  # [layers, batch, slots, kv_heads, head_dim]
-    mask: jax.Array  # [batch, slots] bool: the slot holds a real token
-    length: jax.Array  # [] int32: the next slot to write
-
-
-def empty_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
-    """A cache with room for `slots` tokens a row, in the dtype of the computation."""
-    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.dtype)
-    return KVCache(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
 def _weight(module: nn.Module, name: str, shape, axes, fan_in: int) -> jax.Array:
@@ -98,53 +84,25 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: jax.Array, blocks: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
-    """Grouped-query attention over one or more blocks of keys, softmax in float32 over all of them.
+class Context(NamedTuple):
+    """What all layers of a call share."""
 
-    query: [batch, length, heads, head_dim]. Each block is (key, value, mask) with key and value
-    [batch or 1, slots, kv_heads, head_dim] and mask [batch or 1, length, slots], or None where all slots count; a
-    block of batch 1 is shared by all rows without being copied. Returns [batch, length, heads, head_dim].
-    """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = blocks[0][0].shape[-2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    outputs, sums = zip(*(_attend_block(grouped, *block) for block in blocks), strict=True)
-    # A softmax over all keys is the softmaxes of the blocks, each weighted by its share of the sum.
-    shares = jax.nn.softmax(jnp.stack(sums), axis=0)[..., None].astype(query.dtype)
-    out = sum(share * output for share, output in zip(shares, outputs, strict=True)) if len(blocks) > 1 else outputs[0]
-    return out.reshape(batch, length, heads, head_dim)
+    positions: jax.Array  # [batch, length] int32
+    mask: jax.Array  # of the own block of keys, as `attention.Block`
+    segment_ids: jax.Array | None  # where `mask` says no more than they do
+    prefix_masks: tuple[jax.Array | None, ...]  # [groups, 1, slots] of each prefix
+    slot: jax.Array | None  # [] int32: where the cache takes the tokens
 
 
-def _attend_block(query, key, value, mask):
-    """One block's attention [batch, length, kv_heads, group, head_dim] and log-sum-exp of scores, without head_dim."""
-    # Each order of dimensions is the one in which the product comes out, so that no scores are transposed.
-    scored, keys = ("kblgs", "skh") if key.shape[0] == 1 else ("bklgs", "bskh")
-    if keys == "skh":
-        key, value = key[0], value[0]
-    scores = jnp.einsum(f"blkgh,{keys}->{scored}", query, key).astype(jnp.float32)
-    if mask is not None:
-        rows = mask[:, None, :, None] if scored == "bklgs" else mask[None, :, :, None]
-        scores = jnp.where(rows, scores, MASKED)
-    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum(f"{scored},{keys}->{scored[:-1]}h", weights.astype(query.dtype), value)
-    out = out / total.astype(query.dtype)
-    log_sum = (largest + jnp.log(total))[..., 0]
-    if scored == "kblgs":
-        return jnp.moveaxis(out, 0, 2), jnp.moveaxis(log_sum, 0, 2)
-    return jnp.moveaxis(out, 1, 2), jnp.moveaxis(log_sum, 1, 2)
-
-
-class Block(nn.Module):
+class Layer(nn.Module):
     """One pre-norm decoder layer."""
 
     config: ModelConfig
+    keep_keys: bool
 
     @nn.compact
-    def __call__(self, carry, layer, prefix_key, prefix_value, positions, mask, slot):
-        """The carry is (x, cached keys, cached values), the caches those of all layers. Returns (carry, None)."""
-        x, cached_key, cached_value = carry
+    def __call__(self, x, prefixes: tuple[LayerCache, ...], cache: LayerCache | None, context: Context):
+        """Returns (x, keys and values if they are kept): the cache with the new ones or, without one, those alone."""
         c = self.config
         width, heads, kv_heads, head_dim = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
@@ -160,23 +118,19 @@ class Block(nn.Module):
         w_down = _weight(self, "down", (c.intermediate_size, width), ("mlp", "embed"), writers * c.intermediate_size)
 
         h = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        query = rotate(project(h, w_query), positions, c.rope_theta)
-        key = rotate(project(h, w_key), positions, c.rope_theta)
-        value = project(h, w_value)
-        if cached_key is not None:
-            start = (layer, 0, slot, 0, 0)
-            cached_key = jax.lax.dynamic_update_slice(cached_key, key[None], start)
-            cached_value = jax.lax.dynamic_update_slice(cached_value, value[None], start)
-            key = jax.lax.dynamic_index_in_dim(cached_key, layer, 0, keepdims=False)
-            value = jax.lax.dynamic_index_in_dim(cached_value, layer, 0, keepdims=False)
-        blocks = [(key, value, mask)]
-        if prefix_key is not None:
-            blocks.append((prefix_key, prefix_value, None))
-        x = x + project(attend(query, blocks), w_output, contracted=2)
+        query = rotate(project(h, w_query), context.positions, c.rope_theta)
+        key = rotate(project(h, w_key), context.positions, c.rope_theta)
+        own = LayerCache(key, project(h, w_value))
+        if cache is not None:
+            own = append(cache, own, context.slot)
+        blocks = [Keys(own.key, own.value, context.mask, own.key_scale, own.value_scale, context.segment_ids)]
+        for prefix, mask in zip(prefixes, context.prefix_masks, strict=True):
+            blocks.append(Keys(prefix.key, prefix.value, mask, prefix.key_scale, prefix.value_scale))
+        x = x + project(attend(query, blocks, c.attention), w_output, contracted=2)
 
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         x = x + project(jax.nn.silu(project(h, w_gate)) * project(h, w_up), w_down)
-        return (constrain(x, "batch", None, None), cached_key, cached_value), None
+        return constrain(x, "batch", None, None), own if self.keep_keys else None
 
 
 class Decoder(nn.Module):
@@ -186,55 +140,86 @@ class Decoder(nn.Module):
       tokens: [batch, length] int32.
       segment_ids: [batch, length] int32; 0 marks padding, which nothing attends to, and tokens attend only
         within their own segment. Padding may stand on either side.
-      positions: [batch, length] int32 for the rotary embedding; counted within each segment where left out.
-      cache: where given, the tokens are appended at slot `cache.length` and attend to every earlier slot.
-      prefix: a full KVCache of batch 1 that every row attends to (a judge's preamble); read, never written.
+      positions: [batch, length] int32 for the rotary embedding, prefixes counted in; left out, they are counted
+        within each segment, and no prefix may be given.
+      ends: [batch, length] int32; where given, token i sees an earlier token j of its segment only if i < ends[j].
+        In a tree laid out depth first, with ends[j] the end of j's subtree, tokens so see their own branch alone.
+      prefixes: caches of what comes before the tokens, read and never written. One whose batch is a divisor of
+        the tokens' is shared: each of its rows serves as many consecutive ones.
+      cache: where given, length is 1, `scan_layers` is False, and the tokens go to slot `cache.length` modulo the
+        cache's slots; they see the others that `cache.mask` allows.
+      keep_keys: whether to return a cache where none was given.
 
-    Returns (hidden [batch, length, hidden_size] in the dtype of the computation, the updated cache or None).
+    With scan_layers one layer is compiled for stacked weights; without, each layer has weights of its own, so that
+    none are cut out of a stack at each decoded token.
+
+    Returns (hidden [batch, length, hidden_size] in the dtype of the computation, cache or None): `cache` with the
+    tokens or, where none was given, one of the tokens alone, to serve as a prefix.
     """
 
     config: ModelConfig
+    scan_layers: bool = True
 
     @nn.compact
     def __call__(
-        self, tokens, segment_ids, positions=None, cache: KVCache | None = None, prefix: KVCache | None = None
+        self,
+        tokens,
+        segment_ids,
+        positions=None,
+        ends=None,
+        prefixes: tuple[KVCache, ...] = (),
+        cache: KVCache | None = None,
+        keep_keys: bool = False,
     ):
         """See the class."""
         c = self.config
-        length = tokens.shape[1]
-        if positions is None:
-            positions = segment_positions(segment_ids)
-        if prefix is not None:
-            positions = positions + prefix.key.shape[2]
-        if cache is None:
-            mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
-            mask = mask & jnp.tril(jnp.ones((length, length), bool))
-            slot = None
-        else:
-            slot = cache.length
-            filled = jax.lax.dynamic_update_slice(cache.mask, segment_ids > 0, (0, slot))
-            causal = jnp.arange(filled.shape[1]) <= slot + jnp.arange(length)[:, None]
-            mask = filled[:, None, :] & causal
-
+        context = _context(segment_ids, positions, ends, prefixes, cache)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
         embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
         x = constrain(embedding.astype(c.dtype)[tokens], "batch", None, None)
-
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, name="layers")
-        cached = (None, None) if cache is None else (cache.key, cache.value)
-        prefixed = (None, None) if prefix is None else (prefix.key, prefix.value)
-        (x, *cached), _ = layers((x, *cached), jnp.arange(c.num_hidden_layers), *prefixed, positions, mask, slot)
+        layer = nn.remat(Layer, prevent_cse=not self.scan_layers) if c.remat else Layer
+        prefixed = tuple(prefix.layers for prefix in prefixes)
+        if self.scan_layers:
+            scanned = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=c.num_hidden_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, keep_keys, name="layers")
+            x, layers = scanned(x, prefixed, None, context)
+        else:
+            layers = []
+            for i in range(c.num_hidden_layers):
+                cached = None if cache is None else cache.layers[i]
+                x, own = layer(c, keep_keys or cache is not None, name=f"layer_{i}")(
+                    x, tuple(stack[i] for stack in prefixed), cached, context
+                )
+                layers.append(own)
+            layers = tuple(layers)
         if cache is not None:
-            cache = KVCache(*cached, filled, slot + length)
+            cache = KVCache(layers, context.mask[:, 0], cache.length + 1)
+        elif keep_keys:
+            cache = KVCache(layers, segment_ids > 0, jnp.asarray(tokens.shape[1], jnp.int32))
         return RMSNorm(c.rms_norm_eps, name="final_norm")(x), cache
+
+
+def _context(segment_ids, positions, ends, prefixes: tuple[KVCache, ...], cache: KVCache | None) -> Context:
+    slot, length = None, segment_ids.shape[1]
+    if cache is not None:
+        slot = cache.length % cache.mask.shape[1]
+        mask = jax.lax.dynamic_update_slice(cache.mask, segment_ids > 0, (0, slot))[:, None]
+    else:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
+        mask = mask & jnp.tril(jnp.ones((length, length), bool))
+        if ends is not None:
+            mask = mask & (jnp.arange(length)[:, None] < ends[:, None, :])
+    if positions is None:
+        positions = segment_positions(segment_ids)
+    told = segment_ids if cache is None and ends is None else None
+    prefix_masks = tuple(None if prefix.mask is None else prefix.mask[:, None] for prefix in prefixes)
+    return Context(positions, mask, told, prefix_masks, slot)
 
 
 class LanguageModel(nn.Module):
@@ -244,14 +229,18 @@ class LanguageModel(nn.Module):
     """
 
     config: ModelConfig
+    scan_layers: bool = True
 
     @nn.compact
-    def __call__(self, tokens, segment_ids, positions=None, cache=None, prefix=None):
+    def __call__(
+        self, tokens, segment_ids, positions=None, ends=None, prefixes=(), cache=None, keep_keys: bool = False
+    ):
         """As `Decoder`."""
         if not self.config.tie_word_embeddings:
             shape = (self.config.hidden_size, self.config.vocab_size)
             _weight(self, "lm_head", shape, ("embed", "vocab"), self.config.hidden_size)
-        return Decoder(self.config, name="decoder")(tokens, segment_ids, positions, cache, prefix)
+        decoder = Decoder(self.config, self.scan_layers, name="decoder")
+        return decoder(tokens, segment_ids, positions, ends, prefixes, cache, keep_keys)
 
 
 class ScalarModel(nn.Module):

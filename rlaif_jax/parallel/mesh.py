@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # What each logical axis of a weight or an activation is split over. Weights are split over `fsdp`
 # along the model width and over `tensor` along heads, MLP width and vocabulary; activations are
 # split over `data` and `fsdp` along the batch.
-RULES: dict[str, tuple[str, ...]] = {
+Rules = Mapping[str, tuple[str, ...]]
+RULES: Rules = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -24,6 +26,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "scalar": (),
 }
+# While decoding, every token reads all weights, so they are not split over `fsdp`, from where each would come anew.
+DECODE_RULES: Rules = {**RULES, "embed": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ def partition_spec(
     shape: tuple[int, ...],
     mesh: Mesh,
     replicated: tuple[str, ...] = (),
+    rules: Rules = RULES,
 ) -> PartitionSpec:
     """The mesh axes of one array from its logical axes.
 
@@ -71,9 +76,9 @@ def partition_spec(
         if name is None:
             spec.append(None)
             continue
-        if name not in RULES:
-            raise ValueError(f"logical axis {name!r} has no rule; known: {sorted(RULES)}")
-        mesh_axes = tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
+        if name not in rules:
+            raise ValueError(f"logical axis {name!r} has no rule; known: {sorted(rules)}")
+        mesh_axes = tuple(axis for axis in rules[name] if mesh.shape[axis] > 1)
         ways = math.prod(mesh.shape[axis] for axis in mesh_axes)
         if size % ways:
             if name not in replicated:
@@ -90,13 +95,13 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
-def parameter_shardings(abstract_parameters, mesh: Mesh, replicated: tuple[str, ...] = ()):
+def parameter_shardings(abstract_parameters, mesh: Mesh, replicated: tuple[str, ...] = (), rules: Rules = RULES):
     """Shardings of a tree of Flax partitioned boxes (`jax.eval_shape(model.init, ...)["params"]`)."""
 
     def sharding(box):
         if not isinstance(box, nn.LogicallyPartitioned):
             raise ValueError(f"a weight of shape {box.shape} declares no logical axes")
-        return NamedSharding(mesh, partition_spec(box.names, box.value.shape, mesh, replicated))
+        return NamedSharding(mesh, partition_spec(box.names, box.value.shape, mesh, replicated, rules))
 
     return jax.tree.map(sharding, abstract_parameters, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 

@@ -17,7 +17,7 @@ from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.progress import progress
 from rlaif_jax.stages.label import agreement, ground_truth_agreement
 from rlaif_jax.stages.reward_model import centred_params, score_texts
-from rlaif_jax.stages.run import Run, sample_responses
+from rlaif_jax.stages.run import Run, padded_batches, sample_replies
 from rlaif_jax.training.sequences import Sequences, response_logprobs, response_rewards
 
 POLICIES = ("sft", "rl")
@@ -51,18 +51,16 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     columns: dict[str, list] = {"prompt": prompts}
     with progress(None, "eval samples", total=len(POLICIES) * len(prompts), unit="sample") as bar:
         for name in POLICIES:
-            texts, numbers = [], []
-            batches = sample_responses(
-                run, params[name], prompts, run.key(f"eval/{name}"), config.temperature, config.sample_batch_size
+            replies = sample_replies(
+                run, params[name], prompts, 1, run.key(f"eval/{name}"), config.sampling, bar.update
             )
-            for batch_texts, sequences in batches:
-                scores = _measure(
-                    model, scalar_model, params[name], params["sft"], reward_params, sequences, config.temperature
+            columns[name] = replies.texts
+            numbers = []
+            for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
+                measured = _measure(
+                    model, scalar_model, params[name], params["sft"], reward_params, batch, config.sampling.temperature
                 )
-                texts += batch_texts
-                numbers.append(np.stack([np.asarray(x, float) for x in scores])[:, : len(batch_texts)])
-                bar.update(len(batch_texts))
-            columns[name] = texts
+                numbers.append(np.stack([np.asarray(x, float) for x in measured])[:, :rows])
             for column, values in zip(("reward", "kl", "length"), np.concatenate(numbers, axis=1), strict=True):
                 columns[f"{column}/{name}"] = values.tolist()
     return pa.table(columns)
@@ -145,7 +143,7 @@ def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:
     pairs = list(map(Pair, comparisons["prompt"], comparisons["response_a"], comparisons["response_b"]))
     judged = store.label(judge, pairs, run.folder("eval") / "human", "human pairs").to_pydict()
     chosen = np.array(comparisons["prob_a"])
-    rewards = score_texts(run, centred_params(run), comparisons, run.config.evaluation.sample_batch_size)
+    rewards = score_texts(run, centred_params(run), comparisons, run.config.evaluation.batch_size)
     scored = np.array(judged["status"]) == "ok"
     prob_a = np.array(judged["prob_a"], float)
     return {

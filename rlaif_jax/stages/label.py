@@ -10,7 +10,7 @@ from rlaif_jax.files import read_parquet, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import Pair, load_judge
 from rlaif_jax.progress import progress
-from rlaif_jax.stages.run import Run, sample_responses, shuffled_batches
+from rlaif_jax.stages.run import Run, sample_replies, shuffled_batches
 
 
 def run_label(run: Run) -> None:
@@ -43,22 +43,14 @@ def _human_labels(run: Run, candidates: epath.Path) -> None:
 
 def _sample_candidates(run: Run) -> pa.Table:
     """Two responses to each of `label.pairs` training prompts, drawn in shuffled epochs, and whether each ended."""
-    config, prompts, eos = run.config.label, run.data("train_prompts")["prompt"], run.tokenizer().eos_token_id
-    drawn = shuffled_batches(prompts, 1, run.order_seed("label"))
-    doubled = [drawn[i][0] for i in range(config.pairs) for _ in range(2)]
+    config, drawn = run.config.label, shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("label"))
+    prompts = [drawn[i][0] for i in range(config.pairs)]
     params = run.trained_params("sft", run.language_model())
-    texts: list[str] = []
-    ended: list[bool] = []
-    key = run.key("candidates")
-    batches = sample_responses(run, params, doubled, key, config.temperature, config.sample_batch_size)
-    with progress(None, "candidates", total=len(doubled), unit="sample") as bar:
-        for batch, sequences in batches:
-            texts += batch
-            ended += np.any(np.asarray(sequences.responses) == eos, axis=1).tolist()[: len(batch)]
-            bar.update(len(batch))
-    columns = {"prompt": doubled[::2]}
+    with progress(None, "candidates", total=2 * len(prompts), unit="sample") as bar:
+        replies = sample_replies(run, params, prompts, 2, run.key("candidates"), config.sampling, bar.update)
+    columns: dict[str, list] = {"prompt": prompts}
     for i, name in enumerate("ab"):
-        columns |= {f"response_{name}": texts[i::2], f"ended_{name}": ended[i::2]}
+        columns |= {f"response_{name}": replies.texts[i::2], f"ended_{name}": replies.ended[i::2]}
     return pa.table(columns)
 
 

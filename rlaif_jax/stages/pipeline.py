@@ -86,7 +86,7 @@ def stage_inputs(run: Run, name: str) -> dict:
 def _file_hashes(run: Run) -> dict[str, str]:
     judge, policy = run.config.judge, run.config.policy
     with blame("judge.template"):
-        hashes = {"judge.template_hash": load_template(judge.template).digest}
+        hashes = {"judge.template_hash": load_template(judge.template, judge.chain_of_thought).digest}
     with blame("judge.weights"):
         hashes["judge.weights_hash"] = gguf.weights_hash(judge.weights)
     if policy.weights:

@@ -66,21 +66,28 @@ def run_reward_model(run: Run) -> None:
         batch = shard_batch(jax.tree.map(lambda x: x[rows], comparisons), run.placement.mesh)
         state, metrics = step_fn(state, batch)
         tokens = sum(x.prompt_mask[rows].sum() + x.response_mask[rows].sum() for x in (comparisons.a, comparisons.b))
-        samples = []
-        if step + 1 == config.steps:
-            columns = (np.asarray(_rewards(model, state.params, x)).tolist() for x in (batch.a, batch.b))
-            samples = [
+        params = state.params
+
+        def compared() -> list[dict]:
+            if step + 1 < config.steps:
+                return []
+            columns = (np.asarray(_rewards(model, params, x)).tolist() for x in (batch.a, batch.b))
+            return [
                 {name: table[name][row] for name in ("prompt", "response_a", "response_b", "prob_a")}
                 | {"reward_a": reward_a, "reward_b": reward_b}
                 for row, reward_a, reward_b in zip(rows, *columns, strict=True)
             ]
-        return state, metrics | {"tokens": tokens}, samples
+
+        return state, metrics | {"tokens": tokens}, compared
 
     loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best)
     abstract = abstract_state(model, optimizer, run.placement)
     state = train(run.folder("reward_model"), loop, abstract, init, next_step)
     rewards = [score(run, model, state.params, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
-    write_json(run.folder("reward_model") / "normalisation.json", _normalisation(run, *rewards, comparisons.prob_a))
+    normalisation = _normalisation(run, *rewards, comparisons.prob_a)
+    write_json(run.folder("reward_model") / "normalisation.json", normalisation)
+    if not normalisation["scale"]:
+        print("reward_model: predicts held-out labels no better than chance; its rewards are set to 0", flush=True)
 
 
 def _normalisation(run: Run, reward_a: np.ndarray, reward_b: np.ndarray, prob_a: np.ndarray) -> dict:
@@ -90,29 +97,32 @@ def _normalisation(run: Run, reward_a: np.ndarray, reward_b: np.ndarray, prob_a:
     if config.validation_pairs:
         margins, labels = (reward_a - reward_b)[-config.validation_pairs :], prob_a[-config.validation_pairs :]
         normalisation |= {
-            "scale": calibrated_scale(margins, labels) if config.calibrate else 1.0,
-            "validation_loss": _mean_loss(margins, labels),  # 0.693 for a reward model that knows nothing
+            "scale": calibrated_scale(margins, labels, config.min_evidence) if config.calibrate else 1.0,
+            "validation_loss": float(np.mean(_losses(margins, labels))),  # 0.693 for a reward model that knows nothing
             "validation_accuracy": float(np.mean((margins > 0) == (labels > 0.5))),
             "validation_pairs": len(labels),
         }
     return normalisation
 
 
-def calibrated_scale(margins: np.ndarray, prob_a: np.ndarray) -> float:
-    """The factor in [0, 10] on rewards that predicts held-out labels best.
+def calibrated_scale(margins: np.ndarray, prob_a: np.ndarray, min_evidence: float) -> float:
+    """The factor in [0, 10] on rewards that predicts held-out labels best; 0 where that shows no more than chance.
 
-    Temperature scaling (Guo et al., arXiv 1706.04599) of sigmoid(reward_a - reward_b). Rewards that do not hold
-    beyond the pairs they were trained on are scaled towards 0, so that a policy does not follow their noise.
+    Temperature scaling (Guo et al., arXiv 1706.04599) of sigmoid(reward_a - reward_b). A policy is not to follow
+    rewards that do not hold beyond the pairs they were trained on: their mean gain in log-likelihood over knowing
+    nothing must be `min_evidence` standard errors above 0.
 
     margins: [pairs], reward_a - reward_b; prob_a: [pairs], the labels.
     """
-    result = optimize.minimize_scalar(lambda scale: _mean_loss(scale * margins, prob_a), bounds=(0, 10))
-    return float(result.x)
+    result = optimize.minimize_scalar(lambda scale: np.mean(_losses(scale * margins, prob_a)), bounds=(0, 10))
+    gains = _losses(np.zeros_like(margins), prob_a) - _losses(result.x * margins, prob_a)
+    standard_error = np.std(gains) / np.sqrt(len(gains))
+    return float(result.x) if np.mean(gains) > min_evidence * standard_error else 0.0
 
 
-def _mean_loss(margins: np.ndarray, prob_a: np.ndarray) -> float:
-    total, weight = bradley_terry_loss(margins, np.zeros_like(margins), prob_a)
-    return float(total / weight)
+def _losses(margins: np.ndarray, prob_a: np.ndarray) -> np.ndarray:
+    """-log-likelihood of each label: [pairs], nats."""
+    return np.logaddexp(0, margins) - prob_a * margins
 
 
 def centred_params(run: Run) -> dict:

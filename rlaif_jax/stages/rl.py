@@ -16,9 +16,13 @@ from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.losses.advantages import gae, masked_mean, whiten
 from rlaif_jax.losses.kl import k1, k3
 from rlaif_jax.losses.policy import clipped_value_loss, ppo_policy_loss
+from rlaif_jax.models.parameters import decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
-from rlaif_jax.sampling.generate import Samples, generate
+from rlaif_jax.sampling.buckets import bucket_of, length_buckets
+from rlaif_jax.sampling.decode import Replies
+from rlaif_jax.sampling.generate import generate
+from rlaif_jax.sampling.stopping import make_stopping
 from rlaif_jax.stages.reward_model import centred_params
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
@@ -71,7 +75,7 @@ def reward_per_token(
     return -kl_coef * log_ratio + jnp.where(at_last, scores[:, None], 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "scalar_model", "config", "eos_token_id"))
+@functools.partial(jax.jit, static_argnames=("model", "scalar_model", "config"))
 def make_rollout(
     model: LanguageModel,
     scalar_model: ScalarModel,
@@ -80,20 +84,19 @@ def make_rollout(
     reward_params,
     prompts: jax.Array,
     prompt_mask: jax.Array,
-    samples: Samples,
+    replies: Replies,
     *,
     config: RLConfig,
-    eos_token_id: int,
 ) -> tuple[Rollout, jax.Array, dict[str, jax.Array]]:
     """Everything the updates need, from the state that sampled. Returns (rollout, scores [batch], metrics)."""
-    sequences, mask = Sequences(prompts, prompt_mask, samples.tokens, samples.mask), samples.mask
-    old_logprobs, entropy = response_logprobs(model, state.params, sequences, config.temperature)
-    ref_logprobs, _ = response_logprobs(model, reference, sequences, config.temperature)
+    samples, mask = replies.samples, replies.samples.mask
+    sequences = Sequences(prompts, prompt_mask, samples.tokens, mask)
+    old_logprobs, entropy = response_logprobs(model, state.params, sequences, config.sampling.temperature)
+    ref_logprobs, _ = response_logprobs(model, reference, sequences, config.sampling.temperature)
     old_values = response_values(scalar_model, state.value.params, sequences)
     scores = response_rewards(scalar_model, reward_params, sequences)
-    ended = jnp.any((samples.tokens == eos_token_id) & mask, axis=1)
     log_ratio = k1(old_logprobs, ref_logprobs)
-    rewards = reward_per_token(scores, log_ratio, mask, ended, config.kl_coef, config.missing_eos_reward)
+    rewards = reward_per_token(scores, log_ratio, mask, replies.ended, config.kl_coef, config.missing_eos_reward)
     advantages, returns = gae(rewards, old_values, mask, config.gamma, config.gae_lambda)
     rollout = Rollout(sequences, old_logprobs, old_values, whiten(advantages, mask), returns)
     metrics = {
@@ -105,7 +108,7 @@ def make_rollout(
         "entropy": masked_mean(entropy, mask),
         "tokens": jnp.sum(prompt_mask) + jnp.sum(mask),
         "response_length": jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32)),
-        "ended_fraction": jnp.mean(ended.astype(jnp.float32)),
+        "ended_fraction": jnp.mean(replies.ended.astype(jnp.float32)),
         "sampler_mismatch": jnp.max(jnp.abs(samples.logprobs - old_logprobs)),
     }
     return rollout, scores, metrics
@@ -113,7 +116,7 @@ def make_rollout(
 
 def policy_loss(params, batch: Rollout, model: LanguageModel, config: RLConfig):
     """PPO's policy loss on a minibatch: a `training.step.Loss`."""
-    logprobs, _ = response_logprobs(model, params, batch.sequences, config.temperature)
+    logprobs, _ = response_logprobs(model, params, batch.sequences, config.sampling.temperature)
     mask = batch.sequences.response_mask
     return ppo_policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, config.clip_ratio)
 
@@ -163,8 +166,11 @@ def run_rl(run: Run) -> None:
     model, scalar_model, tokenizer = run.language_model(), run.scalar_model(), run.tokenizer()
     texts = run.data("train_prompts")["prompt"]
     tokens, mask = encode_prompts(tokenizer, texts, policy.max_prompt_length)
+    lengths = mask.sum(axis=1)
+    buckets = length_buckets(lengths, run.config.sampler.prompt_buckets, run.config.sampler.bucket_multiple)
     batches = shuffled_batches(range(len(texts)), config.batch_size, run.order_seed("rl"))
     reference, reward_params = run.trained_params("sft", model), centred_params(run)
+    stopping = make_stopping(tokenizer)
 
     updates = config.steps * config.epochs * config.minibatches
     optimizer = make_optimizer(config.optimizer, updates)
@@ -188,37 +194,33 @@ def run_rl(run: Run) -> None:
 
     def next_step(state: RLState, step: int):
         rows = np.asarray(batches[step])
-        prompts, prompt_mask, row_ids = shard_batch(
-            (tokens[rows], mask[rows], np.arange(len(rows), dtype=np.int32)), run.placement.mesh
-        )
-        samples = generate(
-            model,
-            state.params,
+        padding = max(policy.max_prompt_length - bucket_of(lengths[rows].max(), buckets), 0)
+        arrays = (tokens[rows, padding:], mask[rows, padding:], np.arange(len(rows), dtype=np.int32))
+        prompts, prompt_mask, row_ids = shard_batch(arrays, run.placement.mesh)
+        replies = generate(
+            decoding_model(model),
+            decoding_parameters(model, state.params, run.placement),
             prompts,
             prompt_mask,
             run.key("rollout", step),
             row_ids,
+            stopping,
             max_new_tokens=policy.max_response_length,
-            eos_token_id=tokenizer.eos_token_id,
-            temperature=config.temperature,
+            sampling=config.sampling,
+            cache_dtype=run.config.sampler.cache_dtype or model.config.dtype,
         )
         rollout, scores, metrics = make_rollout(
-            model,
-            scalar_model,
-            state,
-            reference,
-            reward_params,
-            prompts,
-            prompt_mask,
-            samples,
-            config=config,
-            eos_token_id=tokenizer.eos_token_id,
+            model, scalar_model, state, reference, reward_params, prompts, prompt_mask, replies, config=config
         )
         state, update_metrics = update_fn(state, rollout, run.key("permutation", step))
-        shown = []
-        if step % config.samples_every == 0 or step + 1 == config.steps:
-            reply = decode_responses(tokenizer, samples.tokens[:1], samples.mask[:1])[0]
-            shown = [{"prompt": texts[rows[0]], "response": reply, "reward": float(scores[0])}]
+
+        def shown() -> list[dict]:
+            if step % config.samples_every and step + 1 < config.steps:
+                return []
+            first, reward = jax.device_get((jax.tree.map(lambda x: x[:1], replies.samples), scores[0]))
+            (reply,) = decode_responses(tokenizer, first.tokens, first.mask)
+            return [{"prompt": texts[rows[0]], "response": reply, "reward": float(reward)}]
+
         return state, metrics | update_metrics, shown
 
     abstract = state_of(

@@ -6,8 +6,8 @@ import importlib.metadata
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain.python as grain
 import jax
@@ -21,10 +21,12 @@ from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_parquet
 from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import Placement, abstract_parameters
+from rlaif_jax.models.parameters import Placement, abstract_parameters, decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import make_mesh, shard_batch
-from rlaif_jax.sampling.generate import generate
+from rlaif_jax.sampling.continuous import Sampler, sample
+from rlaif_jax.sampling.distribution import SamplingConfig
+from rlaif_jax.sampling.stopping import make_stopping
 from rlaif_jax.stages.folders import cell_stages
 from rlaif_jax.training.checkpoints import restore_params
 from rlaif_jax.training.sequences import Sequences
@@ -74,7 +76,9 @@ class Run:
         if not policy.weights:
             return policy.model
         shape = gguf.model_config(gguf.open_gguf(policy.weights))
-        return dataclasses.replace(shape, remat=policy.model.remat, dtype=policy.model.dtype)
+        return dataclasses.replace(
+            shape, remat=policy.model.remat, dtype=policy.model.dtype, attention=policy.model.attention
+        )
 
     def language_model(self) -> LanguageModel:
         """The policy's architecture."""
@@ -155,33 +159,46 @@ def shuffled_batches(source: Sequence, batch_size: int, seed: int) -> grain.MapD
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)
 
 
-def sample_responses(
-    run: Run, params, prompts: Sequence[str], key: jax.Array, temperature: float, batch_size: int
-) -> Iterator[tuple[list[str], Sequences]]:
-    """Samples one response for each prompt; row i's randomness is `key` and i. Yields (texts, sequences) a batch.
+class Replies(NamedTuple):
+    """What a policy replied, one entry a row."""
 
-    The last batch is filled up with copies of its first prompt; its texts are cut back to the prompts given.
-    """
-    tokenizer, model, policy = run.tokenizer(), run.language_model(), run.config.policy
-    tokens, mask = encode_prompts(tokenizer, prompts, policy.max_prompt_length)
-    for start in range(0, len(prompts), batch_size):
-        rows = np.arange(start, start + batch_size)
-        source = np.where(rows < len(prompts), rows, start)
-        batch = shard_batch((tokens[source], mask[source], rows.astype(np.int32)), run.placement.mesh)
-        samples = generate(
-            model,
-            params,
-            batch[0],
-            batch[1],
-            key,
-            batch[2],
-            max_new_tokens=policy.max_response_length,
-            eos_token_id=tokenizer.eos_token_id,
-            temperature=temperature,
-        )
-        texts = decode_responses(tokenizer, samples.tokens, samples.mask)
-        count = min(batch_size, len(prompts) - start)
-        yield texts[:count], Sequences(batch[0], batch[1], samples.tokens, samples.mask)
+    texts: list[str]
+    ended: list[bool]  # by an end of sequence; the others reached the limit
+    sequences: Sequences  # of host arrays
+
+
+def sample_replies(
+    run: Run,
+    params,
+    prompts: Sequence[str],
+    copies: int,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    on_reply: Callable[[], object] = lambda: None,
+) -> Replies:
+    """`copies` replies to each prompt, one after another; row i's randomness is `key` and i."""
+    tokenizer, model, limit = run.tokenizer(), run.language_model(), run.config.policy.max_response_length
+    sampler = Sampler(
+        decoding_model(model),
+        decoding_parameters(model, params, run.placement),
+        run.placement,
+        make_stopping(tokenizer),
+        sampling,
+        limit,
+        run.config.sampler,
+    )
+    prompt_array, prompt_mask = encode_prompts(tokenizer, prompts, run.config.policy.max_prompt_length)
+    rows = [row[mask].tolist() for row, mask in zip(prompt_array, prompt_mask, strict=True)]
+    total = copies * len(prompts)
+    texts, ended = [""] * total, [False] * total
+    tokens, mask = np.zeros((total, limit), np.int32), np.zeros((total, limit), bool)
+    for row, reply in sample(sampler, rows, key, range(total)):
+        tokens[row, : len(reply.tokens)], mask[row, : len(reply.tokens)] = reply.tokens, True
+        ended[row] = reply.ended
+        (texts[row],) = decode_responses(tokenizer, tokens[row : row + 1], mask[row : row + 1])
+        on_reply()
+    prompt_array, prompt_mask = (np.repeat(x, copies, axis=0) for x in (prompt_array, prompt_mask))
+    return Replies(texts, ended, Sequences(prompt_array, prompt_mask, tokens, mask))
 
 
 def padded_batches(sequences: Sequences, batch_size: int, placement: Placement) -> Iterator[tuple[int, Sequences]]:

@@ -17,7 +17,7 @@ from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import init_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel, unembedding
 from rlaif_jax.parallel.mesh import shard_batch
-from rlaif_jax.stages.run import Run, sample_responses, shuffled_batches
+from rlaif_jax.stages.run import Run, sample_replies, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
@@ -53,8 +53,8 @@ def run_sft(run: Run) -> None:
     def next_step(state: TrainState, step: int):
         batch = lay_out([rows[row] for row in batches[step]], config.row_length)
         state, metrics = step_fn(state, shard_batch(batch, run.placement.mesh))
-        samples = _samples(run, state.params) if step + 1 == config.steps else []
-        return state, metrics | {"tokens": (batch.segment_ids > 0).sum()}, samples
+        tokens, params = (batch.segment_ids > 0).sum(), state.params
+        return state, metrics | {"tokens": tokens}, lambda: _samples(run, params) if step + 1 == config.steps else []
 
     train(
         folder,
@@ -75,14 +75,10 @@ def _rows(examples: list[Example], config: SFTConfig, seed: int) -> list[list[Ex
 
 
 def _samples(run: Run, params) -> list[dict]:
-    """Replies of the trained policy to a batch of training prompts, for samples.jsonl."""
-    config = run.config.label
-    prompts = run.data("train_prompts")["prompt"][: config.sample_batch_size]
-    batches = sample_responses(
-        run, params, prompts, run.key("sft samples"), config.temperature, config.sample_batch_size
-    )
-    texts, _ = next(batches)
-    return [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts, strict=True)]
+    """Replies of the trained policy to some training prompts, for samples.jsonl."""
+    prompts = run.data("train_prompts")["prompt"][: run.config.sampler.slots]
+    replies = sample_replies(run, params, prompts, 1, run.key("sft samples"), run.config.label.sampling)
+    return [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, replies.texts, strict=True)]
 
 
 def _prepare_data(run: Run) -> None:

@@ -16,9 +16,9 @@ from rlaif_jax.training.checkpoints import Checkpoints
 from rlaif_jax.training.metrics import StageLog
 
 State = TypeVar("State")
-# (state, step) -> (state, metrics, samples to log). Everything random or read in a step is a function of the
-# step, so that a resumed run does what an undisturbed one does. The metric `tokens` counts what the step worked on.
-NextStep = Callable[[State, int], tuple[State, dict, list[dict]]]
+# (state, step) -> (state, metrics, what gives the samples to log). Everything random or read in a step is a function of
+# the step, so that a resumed run does what an undisturbed one does. The metric `tokens` counts what the step worked on.
+NextStep = Callable[[State, int], tuple[State, dict, Callable[[], list[dict]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +38,32 @@ def train(
     Checkpoints and metrics go to `folder`, TensorBoard files to `logs` beside it. Raises UserError where a metric
     is not finite, keeping the last checkpoint.
     """
-    name = folder.name
+    name, saved, began = folder.name, 0, 0.0
+    unlogged: list[tuple[int, dict, Callable[[], list[dict]]]] = []
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_best)) as checkpoints:
         start, state = checkpoints.resume(abstract) or (0, init())
-        saved = start
+        saved, began = start, time.perf_counter()
         with contextlib.closing(StageLog(folder, folder.parent / "logs", start)) as log:
-            for step in progress(range(start, config.steps), name, total=config.steps, initial=start, unit="step"):
-                began = time.perf_counter()
-                state, metrics, samples = next_step(state, step)
-                metrics = {key: float(value) for key, value in jax.device_get(metrics).items()}
+
+            def flush() -> dict[str, float]:
+                """Waits for the step that was begun last, and logs it."""
+                nonlocal began
+                step, values, samples = unlogged.pop()
+                metrics = {key: float(value) for key, value in jax.device_get(values).items()}
                 _check(name, config, folder, step, saved, metrics)
-                log.metrics(step, metrics)
-                for sample in samples:
-                    log.sample(step, sample)
-                log.timing(step, time.perf_counter() - began, metrics["tokens"])
+                now = time.perf_counter()
+                log.write(step, metrics, samples(), now - began)
+                began = now
+                return metrics
+
+            for step in progress(range(start, config.steps), name, total=config.steps, initial=start, unit="step"):
+                state, metrics, samples = next_step(state, step)
+                if unlogged:  # the step before: what is logged of it is worked out while the device does this one
+                    flush()
+                unlogged.append((step, metrics, samples))
                 done = step + 1
                 if done % config.checkpoint_every == 0 or done == config.steps:
-                    checkpoints.save(done, state, metrics)
+                    checkpoints.save(done, state, flush())
                     saved = done
     return state
 

@@ -85,19 +85,14 @@ class StageLog:
         self._samples = JsonLines(folder / "samples.jsonl", resume_step)
         self._board = Board(logs / folder.name, resume_step)
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics, all of them finite."""
-        values = {name: float(value) for name, value in sorted(values.items())}
-        self._metrics.write({"step": step} | values)
-        self._board.scalars(step, values)
-
-    def timing(self, step: int, seconds: float, tokens: float) -> None:
-        """One line of wall-clock time: seconds of the step, and tokens a second."""
-        self._timing.write({"step": step, "time": seconds, "tokens_per_second": tokens / seconds})
-
-    def sample(self, step: int, row: dict) -> None:
-        """One sampled text with its scores."""
-        self._samples.write({"step": step} | row)
+    def write(self, step: int, metrics: dict[str, float], samples: list[dict], seconds: float) -> None:
+        """A step: its metrics, all of them finite and `tokens` among them, sampled texts, and its wall-clock time."""
+        metrics = dict(sorted(metrics.items()))
+        self._metrics.write({"step": step} | metrics)
+        self._board.scalars(step, metrics)
+        for sample in samples:
+            self._samples.write({"step": step} | sample)
+        self._timing.write({"step": step, "time": seconds, "tokens_per_second": metrics["tokens"] / seconds})
 
     def close(self) -> None:
         """Closes all files, also those after one that fails."""

@@ -17,14 +17,16 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = write_judge(tmp_path_factory.mktemp("judge") / "judge.gguf")
-    return dataclasses.replace(quickstart_config().judge, weights=path, batch_size=4, bucket=8, shard_size=2)
+    return dataclasses.replace(
+        quickstart_config().judge, weights=path, batch_tokens=512, buckets=2, bucket_multiple=8, shard_size=2
+    )
 
 
 LONG = Pair("x", "word " * 400, "b")
 
 
-def judge_with(config, **changes):
-    return load_judge(dataclasses.replace(config, **changes), 0, Placement(one_device_mesh()))
+def judge_with(config, placement=None, **changes):
+    return load_judge(dataclasses.replace(config, **changes), 0, placement or Placement(one_device_mesh()))
 
 
 @pytest.fixture(scope="module")

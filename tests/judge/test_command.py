@@ -7,7 +7,7 @@ from tests.tiny_judge import write_judge
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     path = write_judge(tmp_path_factory.mktemp("judge") / "judge.gguf")
-    return [f"--config.judge.weights={path}", "--config.judge.bucket=64"]
+    return [f"--config.judge.weights={path}", "--config.judge.bucket_multiple=64"]
 
 
 def run(judge, *arguments):

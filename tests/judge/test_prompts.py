@@ -6,20 +6,40 @@ from rlaif_jax.judge.prompts import load_template
 
 GOOD = {
     "instruction": "Judge.",
-    "comparison": "Q {prompt} A {response_1} B {response_2} Best:",
+    "comparison": "Q {prompt} A {response_1} B {response_2}",
+    "verdict": " Best:",
     "choices": [" one", " two"],
     "examples": [{"prompt": "p", "response_1": "x", "response_2": "y", "choice": 2}],
 }
 
 
-def template(tmp_path, **changes):
+REASONING = {"cue": " Why:", "stop": ["."]}
+
+
+def template(tmp_path, chain_of_thought=False, **changes):
     path = tmp_path / "template.yaml"
     path.write_text(yaml.safe_dump(GOOD | changes))
-    return load_template(str(path))
+    return load_template(str(path), chain_of_thought)
 
 
 def test_the_preamble_holds_the_instruction_and_the_examples_with_their_choice(tmp_path):
     assert template(tmp_path).preamble == "Judge.\n\nQ p A x B y Best: two\n\n"
+
+
+def test_a_chain_of_thought_puts_a_rationale_between_comparison_and_verdict(tmp_path):
+    example = GOOD["examples"][0] | {"rationale": " Because."}
+    reasoned = template(tmp_path, True, reasoning=REASONING, examples=[example])
+    assert reasoned.preamble == "Judge.\n\nQ p A x B y Why: Because. Best: two\n\n"
+    assert reasoned.suffix("p", "x", "y") == "Q p A x B y Why:"
+    assert (reasoned.reasoning.verdict, reasoned.reasoning.stop) == (" Best:", (".",))
+    assert template(tmp_path, reasoning=REASONING).suffix("p", "x", "y") == "Q p A x B y Best:"
+
+
+def test_a_chain_of_thought_needs_a_template_and_examples_that_show_it(tmp_path):
+    with pytest.raises(UserError, match="no reasoning"):
+        template(tmp_path, True)
+    with pytest.raises(UserError, match=r"example 0.*rationale"):
+        template(tmp_path, True, reasoning=REASONING)
 
 
 def test_braces_in_a_users_text_stay_as_they_are(tmp_path):
@@ -34,8 +54,9 @@ def test_the_digest_changes_with_any_part(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"comparison": "Q {prompt} A {response_1} Best:"},
+        {"comparison": "Q {prompt} A {response_1}"},
         {"comparison": "Q {prompt} A {response_1} B {response_2} {rubric}"},
+        {"verdict": None},
         {"choices": [" one"]},
         {"choices": None},
         {"examples": [{"prompt": "p", "response_1": "x", "response_2": "y", "choice": 3}]},
@@ -49,4 +70,4 @@ def test_a_malformed_template_is_an_error_that_names_the_file(tmp_path, changes)
 
 def test_an_unknown_template_names_the_known_ones():
     with pytest.raises(UserError, match="everyday_requests"):
-        load_template("everyday_request")
+        load_template("everyday_request", False)

@@ -19,7 +19,7 @@ def test_a_committed_shard_is_never_judged_again(judge, tmp_path, monkeypatch):
     shard(tmp_path, 1).unlink()
     judged = []
     honest = store.judge_pairs
-    monkeypatch.setattr(store, "judge_pairs", lambda j, pairs, told: judged.append(pairs) or honest(j, pairs, told))
+    monkeypatch.setattr(store, "judge_pairs", lambda j, pairs, *rest: judged.append(pairs) or honest(j, pairs, *rest))
     again = store.label(judge, PAIRS, tmp_path, "label")
     assert judged == [PAIRS[2:]]
     assert again.equals(first)
@@ -49,7 +49,7 @@ def test_a_damaged_shard_is_named_and_judged_again_alone_once_deleted(judge, tmp
     damaged.write_bytes(damage(damaged.read_bytes()))
     judged = []
     honest = store.judge_pairs
-    monkeypatch.setattr(store, "judge_pairs", lambda j, pairs, told: judged.append(pairs) or honest(j, pairs, told))
+    monkeypatch.setattr(store, "judge_pairs", lambda j, pairs, *rest: judged.append(pairs) or honest(j, pairs, *rest))
     with pytest.raises(UserError, match=rf"{damaged.name} is damaged.*Delete that file"):
         store.label(judge, PAIRS, tmp_path, "label")
     damaged.unlink()
@@ -59,8 +59,7 @@ def test_a_damaged_shard_is_named_and_judged_again_alone_once_deleted(judge, tmp
 
 
 def test_failures_are_counted_and_too_many_stop_the_stage(judge, tmp_path):
-    preamble = judge.prefix.key.shape[2]
-    limits = dataclasses.replace(judge.config, max_length=preamble + 60, max_failure_rate=0.5)
+    limits = dataclasses.replace(judge.config, max_length=len(judge.preamble) + 60, max_failure_rate=0.5)
     pairs = [PAIRS[2], LONG]
     table = store.label(dataclasses.replace(judge, config=limits), pairs, tmp_path / "a", "label")
     assert table["status"].to_pylist() == ["ok", "too_long"]

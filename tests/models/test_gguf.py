@@ -8,10 +8,13 @@ from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import UserError
 from rlaif_jax.losses.logprobs import token_logprobs
 from rlaif_jax.models import gguf
+from rlaif_jax.models.parameters import decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, unembedding
+from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.generate import generate
+from rlaif_jax.sampling.stopping import make_stopping
 from tests.conftest import SMOLLM2
-from tests.helpers import apply, full_logits
+from tests.helpers import apply, full_logits, one_device
 from tests.reference import make_llama_reference as reference
 
 
@@ -152,14 +155,15 @@ def test_smollm2_knows_the_capital_of_france(smollm2, smollm2_tokenizer):
     model, params = smollm2
     prompts, mask = encode_prompts(smollm2_tokenizer, ["What is the capital of France?"], 40)
     samples = generate(
-        model,
-        params,
+        decoding_model(model),
+        decoding_parameters(model, params, one_device()),
         prompts,
         mask,
         jax.random.key(0),
         np.zeros(1, np.int32),
+        make_stopping(smollm2_tokenizer),
         max_new_tokens=12,
-        eos_token_id=smollm2_tokenizer.eos_token_id,
-        temperature=0.0,
-    )
+        sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0),
+        cache_dtype="float32",
+    ).samples
     assert "Paris" in decode_responses(smollm2_tokenizer, samples.tokens, samples.mask)[0]

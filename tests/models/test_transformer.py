@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlaif_jax.models.transformer import LanguageModel, ScalarModel, empty_cache, unembedding
-from tests.helpers import apply, assert_trees_close, random_params, random_tokens, tiny
+from rlaif_jax.models.cache import compress, empty_cache
+from rlaif_jax.models.parameters import decoding_model, decoding_parameters
+from rlaif_jax.models.transformer import LanguageModel, ScalarModel, unembedding
+from tests.helpers import apply, assert_trees_close, one_device, random_params, random_tokens, tiny
 
 MODEL = LanguageModel(tiny())
 PARAMS = random_params(MODEL)
@@ -15,13 +17,31 @@ TOKENS = random_tokens(0, 2, LENGTH)
 ONES = np.ones_like(TOKENS)
 
 
-def hidden(tokens=TOKENS, segment_ids=ONES, prefix=None):
-    return np.asarray(apply(MODEL, PARAMS, tokens, segment_ids, prefix=prefix)[0])
+DECODER = decoding_model(MODEL)
+DECODER_PARAMS = decoding_parameters(MODEL, PARAMS, one_device())
 
 
-def cached(tokens, segment_ids, cache, positions=None):
-    state, cache = apply(MODEL, PARAMS, tokens, segment_ids, positions, cache)
-    return np.asarray(state), cache
+def hidden(tokens=TOKENS, segment_ids=ONES, positions=None, **arguments):
+    return np.asarray(apply(MODEL, PARAMS, tokens, segment_ids, positions, **arguments)[0])
+
+
+def read(tokens, segment_ids, dtype="float32"):
+    """The states of a prompt, and its cache."""
+    states, cache = apply(DECODER, DECODER_PARAMS, tokens, segment_ids, keep_keys=True)
+    return np.asarray(states), cache.replace(layers=tuple(compress(layer, dtype) for layer in cache.layers))
+
+
+def decode(tokens, prompt, slots):
+    """The states of tokens that are decoded one by one after a prompt, each row from its own number of slots on."""
+    cache, states = empty_cache(prompt, len(tokens), slots), []
+    before = np.sum(prompt.mask, axis=1, keepdims=True)
+    ones = np.ones((len(tokens), 1), np.int32)
+    for t in range(tokens.shape[1]):
+        state, cache = apply(
+            DECODER, DECODER_PARAMS, tokens[:, t : t + 1], ones, before + t, prefixes=(prompt,), cache=cache
+        )
+        states.append(np.asarray(state))
+    return np.concatenate(states, axis=1), cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,22 +79,46 @@ def test_states_depend_on_the_order_of_earlier_tokens():
 
 @pytest.mark.parametrize("prefill", [1, 5])
 def test_cached_decode_equals_the_full_forward(prefill):
-    cache = empty_cache(MODEL.config, 2, LENGTH + 3)  # the slots left over must not be seen
-    states, cache = cached(TOKENS[:, :prefill], ONES[:, :prefill], cache)
-    states = [states]
-    for t in range(prefill, LENGTH):
-        state, cache = cached(TOKENS[:, t : t + 1], ONES[:, :1], cache, np.full((2, 1), t))
-        states.append(state)
-    assert_close(np.concatenate(states, axis=1), hidden())
-    assert cache.length == LENGTH
-    assert np.array_equal(cache.mask[0], np.arange(LENGTH + 3) < LENGTH)
+    states, prompt = read(TOKENS[:, :prefill], ONES[:, :prefill])
+    decoded, cache = decode(TOKENS[:, prefill:], prompt, LENGTH + 3)  # the slots left over must not be seen
+    assert_close(np.concatenate([states, decoded], axis=1), hidden())
+    assert cache.length == LENGTH - prefill
+    assert np.array_equal(cache.mask[0], np.arange(LENGTH + 3) < LENGTH - prefill)
 
 
 def test_cached_decode_after_left_padding_equals_the_full_forward_without():
     tokens, segments = padded(3, 0)
-    _, cache = cached(tokens[:, :-1], segments[:, :-1], empty_cache(MODEL.config, 2, LENGTH + 3))
-    state, _ = cached(tokens[:, -1:], segments[:, -1:], cache, np.full((2, 1), LENGTH - 1))
-    assert_close(state[:, 0], hidden()[:, -1])
+    decoded, _ = decode(TOKENS[:, -2:], read(tokens[:, :-2], segments[:, :-2])[1], 2)
+    assert_close(decoded, hidden()[:, -2:])
+
+
+def test_a_prompt_is_shared_by_consecutive_rows():
+    _, prompt = read(TOKENS[:, :5], ONES[:, :5])
+    tails = random_tokens(3, 4, 3)
+    expected = hidden(np.concatenate([np.repeat(TOKENS[:, :5], 2, axis=0), tails], axis=1), np.ones((4, LENGTH), int))
+    cache, ones = empty_cache(prompt, 4, 3), np.ones((4, 1), np.int32)
+    for t in range(3):
+        positions = np.full((4, 1), 5 + t)
+        state, cache = apply(
+            DECODER, DECODER_PARAMS, tails[:, t : t + 1], ones, positions, prefixes=(prompt,), cache=cache
+        )
+        assert_close(state[:, 0], expected[:, 5 + t])
+
+
+def test_a_cache_that_is_full_begins_anew_at_its_first_slot():
+    _, prompt = read(TOKENS[:, :2], ONES[:, :2])
+    states, cache = decode(TOKENS[:, 2:], prompt, 3)
+    assert_close(states[:, :3], hidden()[:, 2:5])  # afterwards the oldest tokens are gone
+    assert cache.length == LENGTH - 2
+    assert cache.mask.all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("int8", 0.05)])
+def test_a_compressed_cache_stays_close(dtype, tolerance):
+    _, prompt = read(TOKENS[:, :5], ONES[:, :5], dtype)
+    decoded, cache = decode(TOKENS[:, 5:], prompt, 3)
+    assert cache.layers[0].key.dtype == dtype
+    assert 0 < np.abs(decoded - hidden()[:, 5:]).max() < tolerance
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 3)])
@@ -89,11 +133,22 @@ def test_packed_equals_unpacked():
 
 def test_a_shared_prefix_equals_concatenation():
     prefix, segments = random_tokens(1, 1, 3), changed(ONES, np.s_[0, -2:], 0)
-    _, cache = cached(prefix, ONES[:1, :3], empty_cache(MODEL.config, 1, 3))
+    _, cache = apply(MODEL, PARAMS, prefix, ONES[:1, :3], keep_keys=True)
     joined = np.concatenate([np.repeat(prefix, 2, axis=0), TOKENS], axis=1)
     expected = hidden(joined, np.concatenate([ONES[:, :3], segments], axis=1))[:, 3:]
-    real = segments.astype(bool)
-    assert_close(hidden(TOKENS, segments, cache)[real], expected[real])
+    real, positions = segments.astype(bool), 3 + np.arange(LENGTH)[None].repeat(2, axis=0)
+    for whole in (cache, cache.replace(mask=None)):
+        assert_close(hidden(TOKENS, segments, positions, prefixes=(whole,))[real], expected[real])
+
+
+def test_branches_of_a_tree_do_not_see_each_other():
+    # A trunk of 4 tokens and branches of 2 and 2: the branches' states are those of two rows with the same beginning.
+    ends = np.array([[8, 8, 8, 8, 6, 6, 8, 8]] * 2)
+    positions = np.array([[0, 1, 2, 3, 4, 5, 4, 5]] * 2)
+    tree = hidden(TOKENS, ONES, positions, ends=ends)
+    assert_close(tree[:, :6], hidden()[:, :6])
+    second = np.concatenate([TOKENS[:, :4], TOKENS[:, 6:]], axis=1)
+    assert_close(tree[:, 6:], hidden(second, ONES[:, :6])[:, 4:])
 
 
 def test_a_fully_padded_row_is_finite_and_so_is_its_gradient():
@@ -108,8 +163,8 @@ def test_remat_gives_the_same_gradient():
 
 def test_bfloat16_computation_stays_close():
     config = tiny(dtype="bfloat16")
-    states, cache = apply(LanguageModel(config), PARAMS, TOKENS, ONES, None, empty_cache(config, 2, LENGTH))
-    assert states.dtype == cache.key.dtype == jnp.bfloat16
+    states, cache = apply(LanguageModel(config), PARAMS, TOKENS, ONES, keep_keys=True)
+    assert states.dtype == cache.layers.key.dtype == jnp.bfloat16
     assert 0 < np.abs(np.asarray(states, np.float32) - hidden()).max() < 0.15  # 8 bits of numbers around 1
 
 

@@ -1,13 +1,24 @@
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 from scipy import stats
 
+from rlaif_jax.models.parameters import decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel
-from rlaif_jax.sampling.generate import Samples, generate
+from rlaif_jax.sampling.generate import generate
 from rlaif_jax.training.sequences import Sequences, response_logprobs
-from tests.helpers import EOS, full_logits, random_params, random_sequences, tiny
+from tests.helpers import (
+    EOS,
+    SAMPLING,
+    STOPPING,
+    full_logits,
+    one_device,
+    random_params,
+    random_sequences,
+    tiny,
+)
 
 MODEL = LanguageModel(tiny())
 PARAMS = random_params(MODEL)
@@ -19,18 +30,19 @@ ROW_IDS = np.arange(ROWS, dtype=np.int32)
 def sample(
     tokens=PROMPTS.prompts, mask=PROMPTS.prompt_mask, row_ids=ROW_IDS, seed=0, temperature=TEMPERATURE, params=PARAMS
 ):
-    samples = generate(
-        MODEL,
-        params,
+    replies = generate(
+        decoding_model(MODEL),
+        decoding_parameters(MODEL, params, one_device()),
         tokens,
         mask,
         jax.random.key(seed),
         row_ids,
+        STOPPING,
         max_new_tokens=NEW,
-        eos_token_id=EOS,
-        temperature=temperature,
+        sampling=dataclasses.replace(SAMPLING, temperature=temperature),
+        cache_dtype="float32",
     )
-    return Samples(*map(np.asarray, samples))
+    return jax.device_get(replies.samples)
 
 
 SAMPLES = functools.cache(sample)
@@ -43,7 +55,7 @@ def unpadded(row):
 
 
 def test_end_of_sequence_is_kept_and_nothing_follows_it():
-    tokens, mask, logprobs = SAMPLES()
+    tokens, mask, logprobs, _ = SAMPLES()
     ended = (tokens == EOS).any(1)
     assert 0 < ended.sum() < ROWS
     lengths = np.where(ended, (tokens == EOS).argmax(1) + 1, NEW)
@@ -54,10 +66,11 @@ def test_end_of_sequence_is_kept_and_nothing_follows_it():
 
 
 def test_sampler_logprobs_equal_those_of_a_full_forward_at_the_temperature():
-    tokens, mask, logprobs = SAMPLES()
+    tokens, mask, logprobs, raw = SAMPLES()
     sequences = Sequences(PROMPTS.prompts, PROMPTS.prompt_mask, tokens, mask)
-    expected, _ = jax.jit(response_logprobs, static_argnums=(0, 3))(MODEL, PARAMS, sequences, TEMPERATURE)
-    np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+    for found, temperature in ((logprobs, TEMPERATURE), (raw, 1.0)):
+        expected, _ = jax.jit(response_logprobs, static_argnums=(0, 3))(MODEL, PARAMS, sequences, temperature)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_the_text_is_a_function_of_the_key():
@@ -76,6 +89,14 @@ def test_rows_of_one_prompt_differ_by_their_ids_alone():
     assert len(np.unique(tokens, axis=0)) > ROWS / 2
     same = sample(PROMPTS.prompts[first], PROMPTS.prompt_mask[first], np.zeros_like(ROW_IDS)).tokens
     assert len(np.unique(same, axis=0)) == 1
+
+
+def test_several_replies_to_a_prompt_read_once_equal_those_to_a_prompt_read_for_each():
+    copied = np.repeat(np.arange(ROWS // 4), 4)
+    apart = sample(PROMPTS.prompts[copied], PROMPTS.prompt_mask[copied])
+    shared = sample(PROMPTS.prompts[: ROWS // 4], PROMPTS.prompt_mask[: ROWS // 4])
+    assert np.array_equal(shared.tokens, apart.tokens)
+    np.testing.assert_allclose(shared.logprobs, apart.logprobs, atol=1e-4)
 
 
 def test_a_row_gives_the_same_text_in_any_order_of_rows():

@@ -10,17 +10,24 @@ TRUE = RNG.normal(0, 1, 2000)  # differences of the rewards behind the labels
 @pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
 def test_rewards_that_are_off_by_a_factor_are_brought_back(factor):
     labels = 1 / (1 + np.exp(-TRUE))
-    assert calibrated_scale(TRUE * factor, labels) == pytest.approx(1 / factor, rel=1e-3)
+    assert calibrated_scale(TRUE * factor, labels, 2.0) == pytest.approx(1 / factor, rel=1e-3)
 
 
 def test_noise_in_the_rewards_shrinks_them_by_the_share_of_signal():
     small = 0.2 * TRUE  # where the sigmoid is straight, the best factor is the slope of a regression
     noisy = small + 0.2 * RNG.normal(0, 1, len(TRUE))
     slope = (small @ noisy) / (noisy @ noisy)
-    assert calibrated_scale(noisy, 1 / (1 + np.exp(-small))) == pytest.approx(slope, rel=0.03)
+    assert calibrated_scale(noisy, 1 / (1 + np.exp(-small)), 2.0) == pytest.approx(slope, rel=0.03)
 
 
 @pytest.mark.parametrize("sign", [-1, 0])
 def test_rewards_that_say_nothing_or_the_opposite_are_scaled_to_nothing(sign):
     labels = 1 / (1 + np.exp(-sign * TRUE))
-    assert calibrated_scale(TRUE, labels) < 0.01
+    assert calibrated_scale(TRUE, labels, 2.0) == 0
+
+
+def test_a_gain_that_chance_could_give_counts_for_nothing():
+    labels = 1 / (1 + np.exp(-0.2 * TRUE[:20])) + RNG.normal(0, 0.3, 20)
+    free = calibrated_scale(TRUE[:20], labels, 0.0)
+    assert free > 0
+    assert calibrated_scale(TRUE[:20], labels, 2.0) == 0

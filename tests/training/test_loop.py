@@ -23,7 +23,7 @@ def init():
 
 def next_step(state, step):
     state = Counter(state.step + 1, {"total": state.params["total"] + step})
-    return state, {"loss": state.params["total"][0], "tokens": 1}, [{"text": f"at {step}"}]
+    return state, {"loss": state.params["total"][0], "tokens": 1}, lambda: [{"text": f"at {step}"}]
 
 
 def run(folder, steps=6, keep_best="", step_fn=next_step):

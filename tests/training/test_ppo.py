@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax.models.parameters import place_parameters
+from rlaif_jax.models.parameters import decoding_model, decoding_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.sampling.generate import generate
 from rlaif_jax.stages.rl import RLState, make_rollout, policy_loss, reward_per_token, update
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.state import init_state
-from tests.helpers import EOS, one_device, optimizer_config, random_params, random_sequences, rl_config, tiny
+from tests.helpers import EOS, STOPPING, one_device, optimizer_config, random_params, random_sequences, rl_config, tiny
 
 LANGUAGE, SCALAR = LanguageModel(tiny()), ScalarModel(tiny())
 NEW = 12
@@ -29,15 +29,16 @@ def state():
 def samples(state):
     prompts = random_sequences(0, CONFIG.batch_size)
     return prompts, generate(
-        LANGUAGE,
-        state.params,
+        decoding_model(LANGUAGE),
+        decoding_parameters(LANGUAGE, state.params, one_device()),
         prompts.prompts,
         prompts.prompt_mask,
         jax.random.key(0),
         np.arange(CONFIG.batch_size, dtype=np.int32),
+        STOPPING,
         max_new_tokens=NEW,
-        eos_token_id=EOS,
-        temperature=CONFIG.temperature,
+        sampling=CONFIG.sampling,
+        cache_dtype="float32",
     )
 
 
@@ -53,7 +54,6 @@ def roll_out(state, samples, reference=None):
         prompts.prompt_mask,
         samples,
         config=CONFIG,
-        eos_token_id=EOS,
     )
 
 
@@ -91,7 +91,7 @@ def test_the_kl_to_another_reference_is_not(state, samples):
     rollout, _, metrics = roll_out(state, samples, other)
     assert metrics["kl/k3"] > 0
     assert metrics["kl/k1"] != 0
-    lengths = np.asarray(samples[1].mask).sum(1)
+    lengths = np.asarray(samples[1].samples.mask).sum(1)
     np.testing.assert_allclose(metrics["kl/sequence"], metrics["kl/k1"] * lengths.mean(), rtol=1e-4)
     plain, _, _ = roll_out(state, samples)
     assert np.abs(rollout.returns - plain.returns).max() > 1e-3  # the KL is part of the reward
@@ -101,7 +101,7 @@ def test_the_kl_to_another_reference_is_not(state, samples):
 def test_old_logprobs_are_those_of_the_sampler_up_to_rounding(rolled_out, samples):
     rollout, _, metrics = rolled_out
     assert metrics["sampler_mismatch"] < 1e-4
-    np.testing.assert_allclose(rollout.old_logprobs, samples[1].logprobs, atol=1e-4)
+    np.testing.assert_allclose(rollout.old_logprobs, samples[1].samples.logprobs, atol=1e-4)
     assert rollout.old_logprobs.min() < -1
 
 

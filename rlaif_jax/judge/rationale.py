@@ -1,0 +1,122 @@
+"""Chain of thought in two steps: a rationale is sampled, and the choice is scored right after it, from the same cache.
+
+Lee et al., arXiv 2309.00267, section 2.1.2.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from rlaif_jax.judge.prompts import Reasoning
+from rlaif_jax.models.transformer import LanguageModel, unembedding
+from rlaif_jax.sampling.continuous import Sampler, SamplerConfig, Slots, sample
+from rlaif_jax.sampling.distribution import SamplingConfig
+from rlaif_jax.sampling.stopping import cut, make_stopping
+from rlaif_jax.sampling.trees import Scorer, Tokens, Tree, answer_logprobs, grow, sum_by_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class RationaleConfig:
+    """How rationales are written."""
+
+    max_new_tokens: int
+    sampling: SamplingConfig
+    sampler: SamplerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Reasoner:
+    """A judge that explains itself before it chooses."""
+
+    sampler: Sampler
+    tokenizer: PreTrainedTokenizerFast
+    reasoning: Reasoning
+    verdict: Tree  # what follows a rationale: the verdict's text and the choices
+    choices: Sequence[Tokens]
+    key: jax.Array
+
+    @property
+    def tokens_after(self) -> int:
+        """The most tokens that follow a prompt."""
+        return self.sampler.max_new_tokens + len(self.verdict)
+
+
+def make_reasoner(
+    config: RationaleConfig,
+    reasoning: Reasoning,
+    tokenizer: PreTrainedTokenizerFast,
+    scorer: Scorer,
+    choices: Sequence[Tokens],
+    seed: int,
+) -> Reasoner:
+    """A reasoner on the scorer's model, whose layers must be separate, and its preamble."""
+    stopping = make_stopping(tokenizer, reasoning.stop)
+    sampler = Sampler(
+        scorer.model,
+        scorer.params,
+        scorer.placement,
+        stopping,
+        config.sampling,
+        config.max_new_tokens,
+        config.sampler,
+        scorer.prefix,
+    )
+    verdict = grow([tokenizer(reasoning.verdict, add_special_tokens=False)["input_ids"]], choices)
+    return Reasoner(sampler, tokenizer, reasoning, verdict, choices, jax.random.key(seed))
+
+
+def reason(
+    reasoner: Reasoner, prompts: Sequence[Tokens], row_ids: Sequence[int]
+) -> Iterator[tuple[int, tuple[str, np.ndarray]]]:
+    """Yields (row, (rationale, log-probs of the choices [choices] float64)) as rationales end."""
+    sampler, verdict = reasoner.sampler, reasoner.verdict
+    tree = [np.array(x, np.int32) for x in (verdict.tokens, verdict.positions, verdict.ends, verdict.asked_after)]
+    conclude = functools.partial(
+        _conclude,
+        sampler.model,
+        sampler.parameters,
+        prefixes=sampler.prefixes,
+        tree=jax.device_put(tree, sampler.placement.whole),
+        asked=jax.device_put(np.array(verdict.asked_token, np.int32), sampler.placement.whole),
+        eos=sampler.stopping.eos_token_ids,
+    )
+    for row, reply in sample(sampler, prompts, reasoner.key, row_ids, conclude):
+        text = reasoner.tokenizer.decode(reply.tokens, skip_special_tokens=True)
+        scores = sum_by_choice(reply.conclusion, 1, reasoner.choices)[0]
+        yield row, (cut(text, reasoner.reasoning.stop), scores)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "eos"))
+def _conclude(model: LanguageModel, parameters, slots: Slots, *, prefixes, tree, asked, eos: tuple[int, ...]):
+    """The questions of `tree` after each reply: [slots, questions] float32.
+
+    The cache holds all but a reply's last token. It comes first here, unless it is an end of sequence, which the
+    judge is not shown.
+    """
+    tokens, positions, ends, asked_after = tree
+    replies, rows = slots.replies, len(slots.replies.done)
+    last = jnp.take_along_axis(replies.samples.tokens, jnp.maximum(replies.length - 1, 0)[:, None], axis=1)
+    shown = ~jnp.isin(last, jnp.asarray(eos, jnp.int32))
+    before = (replies.prompt_length + replies.length)[:, None]
+
+    def every(x):
+        return jnp.broadcast_to(x, (rows, len(x)))
+
+    row = jnp.concatenate([last, every(tokens)], axis=1)
+    segment_ids = jnp.concatenate([shown.astype(jnp.int32), jnp.ones((rows, len(tokens)), jnp.int32)], axis=1)
+    row_positions = jnp.concatenate([before - 1, before - ~shown + every(positions)], axis=1)
+    row_ends = every(jnp.concatenate([jnp.array([1 + len(tokens)]), 1 + ends]))
+    hidden, _ = model.apply(
+        {"params": parameters},
+        row,
+        segment_ids,
+        row_positions,
+        ends=row_ends,
+        prefixes=(*prefixes, slots.prompts, replies.cache),
+    )
+    return answer_logprobs(hidden, unembedding(parameters), every(1 + asked_after), every(asked))
