@@ -90,7 +90,8 @@ def test_pairs_of_one_prompt_read_it_together_and_score_as_apart(judge, config):
 def test_equal_choices_are_refused(config, tmp_path):
     path = tmp_path / "same.yaml"
     path.write_text(
-        'instruction: ""\ncomparison: "{prompt}{response_1}{response_2}"\nverdict: ""\nchoices: ["1", "1"]\nexamples: []\n'
+        'instruction: ""\ncomparison: "{prompt}{response_1}{response_2}"\nverdict: ""\n'
+        'choices: ["1", "1"]\nexamples: []\n'
     )
     with pytest.raises(UserError, match="both choices are the same tokens"):
         judge_with(config, template=str(path))

@@ -27,7 +27,7 @@ def test_rewards_that_say_nothing_or_the_opposite_are_scaled_to_nothing(sign):
 
 
 def test_a_gain_that_chance_could_give_counts_for_nothing():
-    labels = 1 / (1 + np.exp(-0.2 * TRUE[:20])) + RNG.normal(0, 0.3, 20)
-    free = calibrated_scale(TRUE[:20], labels, 0.0)
-    assert free > 0
-    assert calibrated_scale(TRUE[:20], labels, 2.0) == 0
+    margins, labels = np.ones(20), np.repeat([1.0, 0.0], [12, 8])
+    assert calibrated_scale(margins, labels, 0.0) == pytest.approx(np.log(12 / 8), rel=1e-3)
+    assert calibrated_scale(margins, labels, 2.0) == 0
+    assert calibrated_scale(np.ones(2000), labels.repeat(100), 2.0) > 0  # the same share of more labels is no chance
