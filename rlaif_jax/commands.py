@@ -1,9 +1,14 @@
 """What the commands share: their flags, their exit status, and the folder that they write to."""
 
+import os
+import pathlib
+import platform
 import re
 import sys
 from collections.abc import Callable
 
+import jax
+import xxhash
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -13,6 +18,7 @@ from rlaif_jax.errors import UserError
 
 def run_command(argv: list[str], help_text: str, body: Callable[[list[str]], int]) -> int:
     """`body(argv)` as a command: returns the exit status, and says in one line why it ended early."""
+    keep_compiled_programs()
     try:
         if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
             print(help_text)
@@ -24,6 +30,21 @@ def run_command(argv: list[str], help_text: str, body: Callable[[list[str]], int
     except KeyboardInterrupt:
         print("rlaif_jax: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def keep_compiled_programs() -> None:
+    """Keeps what XLA compiles for the next run, unless JAX_COMPILATION_CACHE_DIR says where, or is empty for nowhere.
+
+    A program compiled for one CPU may not run on another, so machines that share a home have folders of their own.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    described = pathlib.Path("/proc/cpuinfo")
+    features = {line for line in described.read_text().splitlines() if line.lower().startswith(("flags", "features"))
+                } if described.exists() else set()  # fmt: skip
+    machine = xxhash.xxh3_64_hexdigest("\n".join([platform.machine(), *sorted(features)]))
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "rlaif_jax" / f"compiled-{machine}"))
 
 
 def open_folder(workdir: str) -> epath.Path:

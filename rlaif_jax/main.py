@@ -13,7 +13,7 @@ from rlaif_jax.judge import store
 from rlaif_jax.judge.score import load_judge
 from rlaif_jax.report import write_report
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
-from rlaif_jax.stages.run import Run, open_run, run_record
+from rlaif_jax.stages.run import Run, open_run, run_record, with_seed
 from rlaif_jax.summary import print_replay, print_summary
 
 _USAGE = "usage: python -m rlaif_jax.main --config=configs/NAME.py[:ARM] --workdir=DIR"
@@ -32,7 +32,8 @@ def _main(argv: list[str]) -> int:
     flags.DEFINE_list("stages", None, "", flag_values=values)
     flags.DEFINE_integer("replay", None, "", flag_values=values)
     options = parse_flags(argv, _USAGE, values)
-    run = open_run(parse(options.config.to_dict()), open_folder(options.workdir))
+    folder = open_folder(options.workdir)
+    run = open_run(with_seed(parse(options.config.to_dict()), folder), folder)
     if options.replay is not None:
         return _replay(run, options.replay)
     stages = plan(run, list(STAGES) if options.stages is None else options.stages)

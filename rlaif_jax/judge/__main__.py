@@ -10,7 +10,7 @@ from rlaif_jax.commands import parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.score import Pair, judge_pairs, load_judge, plan_judging
-from rlaif_jax.stages.run import open_run
+from rlaif_jax.stages.run import open_run, with_seed
 from rlaif_jax.summary import print_judgement
 
 _USAGE = "usage: python -m rlaif_jax.judge --prompt=TEXT --a=REPLY --b=REPLY [--config=configs/NAME.py[:ARM]]"
@@ -32,7 +32,7 @@ def _main(argv: list[str]) -> int:
     texts = (options.prompt, options.a, options.b)
     if not all(text and text.strip() for text in texts):
         raise UserError(_USAGE)
-    run, pair = open_run(parse(options.config.to_dict()), epath.Path(".")), Pair(*texts)
+    run, pair = open_run(with_seed(parse(options.config.to_dict()), None), epath.Path(".")), Pair(*texts)
     with jax.set_mesh(run.placement.mesh):
         judge = load_judge(run.config.judge, run.config.seed, run.placement)
         (judgement,) = judge_pairs(judge, [pair], plan_judging(judge, [pair]), 0, lambda prompts: None)

@@ -115,14 +115,16 @@ def _rows(length: int, batch_tokens: int, devices: int) -> int:
 def _batches(
     lengths: Sequence[int], buckets: Sequence[int], batch_tokens: int, devices: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """(padded length, indices of the rows) of each batch; within a bucket the rows keep their order."""
+    """(padded length, indices of the rows) of each batch. What does not fill a batch joins the next longer rows."""
     members: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        members.setdefault(bucket_of(length, buckets), []).append(i)
-    for bucket, chosen in sorted(members.items()):
-        rows = _rows(bucket, batch_tokens, devices)
-        for start in range(0, len(chosen), rows):
-            yield bucket, chosen[start : start + rows]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        members.setdefault(bucket_of(lengths[i], buckets), []).append(i)
+    left: list[int] = []
+    for bucket in sorted(members):
+        rows, left = _rows(bucket, batch_tokens, devices), left + members[bucket]
+        while len(left) >= rows or (left and bucket == max(members)):
+            yield bucket, left[:rows]
+            left = left[rows:]
 
 
 def _lay_out(trees: Sequence[Tree], rows: int, length: int, asked: int) -> tuple[np.ndarray, ...]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import secrets
 import subprocess
 import sys
 import zlib
@@ -19,7 +20,7 @@ from rlaif_jax.config import Config, check, check_decoder, flatten
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import UserError, blame
-from rlaif_jax.files import read_parquet
+from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters, decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
@@ -53,8 +54,8 @@ class Run:
 
     def key(self, stage: str, step: int = 0) -> jax.Array:
         """The random key of a step of a stage: a function of seed, stage and step, never of what ran before."""
-        key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()) & 0x7FFFFFFF)
-        return jax.random.fold_in(key, step)
+        numbers = np.array([self.config.seed, zlib.crc32(stage.encode()) & 0x7FFFFFFF, step], np.uint32)
+        return _key(jax.device_put(numbers, self.placement.whole))
 
     def order_seed(self, stage: str) -> int:
         """The seed of the order in which a stage reads its data; each stage has its own."""
@@ -104,6 +105,12 @@ class Run:
             ) from error
 
 
+@jax.jit
+def _key(numbers: jax.Array) -> jax.Array:
+    seed, stage, step = numbers
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stage), step)
+
+
 def open_run(config: Config, workdir: epath.Path) -> Run:
     """The run of a config in a folder, or in that of a sweep's cell.
 
@@ -127,6 +134,18 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
     return run
+
+
+def with_seed(config: Config, workdir: epath.Path | None) -> Config:
+    """`config` with a seed: for -1 the one that the run in `workdir` was begun with, else one drawn and printed."""
+    if config.seed != -1:
+        return config
+    begun = None if workdir is None else workdir / "config.json"
+    if begun is not None and begun.exists():
+        return dataclasses.replace(config, seed=read_json(begun)["config"]["seed"])
+    seed = secrets.randbelow(2**31)
+    print(f"seed: {seed} (drawn)", flush=True)
+    return dataclasses.replace(config, seed=seed)
 
 
 def run_record(config: Any) -> dict:

@@ -1,9 +1,17 @@
 import json
 
+import jax
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
+from etils import epath
 
+from rlaif_jax.commands import parse_flags
+from rlaif_jax.config import parse
 from rlaif_jax.main import main
+from rlaif_jax.stages import rl
+from rlaif_jax.stages.run import open_run
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 
@@ -141,3 +149,32 @@ def test_a_damaged_record_is_named(finished, capfd):
     assert main(["main", *finished[1]]) == 2
     file.write_text(whole)
     assert "results.json is damaged" in capfd.readouterr().err
+
+
+def test_a_seed_left_out_is_drawn_printed_saved_and_kept(finished, tmp_path, capfd):
+    arguments = [*finished[1], f"--workdir={tmp_path}", "--stages=sft", "--config.sft.steps=1", "--config.seed=-1"]
+    seeds = []
+    for _ in range(2):
+        assert main(["main", *arguments]) == 0
+        seeds.append(json.loads((tmp_path / "config.json").read_text())["config"]["seed"])
+        printed = capfd.readouterr().out
+        assert (f"seed: {seeds[0]} (drawn)" in printed) is (len(seeds) == 1)
+    assert seeds[0] == seeds[1] != -1
+    assert "sft: nothing to do" in printed
+
+
+def test_an_rl_iteration_moves_nothing_to_or_from_the_device_but_its_prompts(finished, monkeypatch):
+    guarded = []
+
+    def first_two_steps(folder, loop, abstract, init, next_step):
+        state, _, _ = next_step(init(), 0)  # compiles
+        with jax.transfer_guard("disallow"):
+            state, metrics, _ = next_step(state, 1)
+        guarded.append(float(metrics["loss"]))
+
+    monkeypatch.setattr(rl, "train", first_two_steps)
+    options = parse_flags(["main", *finished[1]], "", flags.FlagValues())
+    run = open_run(parse(options.config.to_dict()), epath.Path(finished[0]))
+    with jax.set_mesh(run.placement.mesh):
+        rl.run_rl(run)
+    assert np.isfinite(guarded).all() and guarded
