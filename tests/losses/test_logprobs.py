@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlaif_jax.losses import logprobs
 from rlaif_jax.losses.logprobs import token_logprobs
 
 RNG = np.random.default_rng(0)
@@ -50,5 +51,22 @@ def test_entropy_of_a_uniform_distribution_is_the_log_of_the_vocabulary():
 
 
 def test_bfloat16_states_give_float32_logprobs():
-    logprobs, entropy = token_logprobs(jnp.asarray(HIDDEN, jnp.bfloat16), UNEMBEDDING, TARGETS)
-    assert logprobs.dtype == entropy.dtype == jnp.float32
+    scores, entropy = token_logprobs(jnp.asarray(HIDDEN, jnp.bfloat16), UNEMBEDDING, TARGETS)
+    assert scores.dtype == entropy.dtype == jnp.float32
+
+
+def test_logits_of_the_whole_length_never_exist(monkeypatch):
+    batch, length, width, vocab = 2, 64, 8, 4096
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * batch * 8 * vocab)  # eight positions at a time
+    hidden, unembedding = np.zeros((batch, length, width), np.float32), np.zeros((width, vocab), np.float32)
+    targets = np.zeros((batch, length), np.int32)
+
+    def loss(hidden, unembedding):
+        return token_logprobs(hidden, unembedding, targets)[0].sum()
+
+    for function in (loss, jax.grad(loss, (0, 1))):
+        memory = jax.jit(function).lower(hidden, unembedding).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 4 * batch * length * vocab / 1.5
+    assert logprobs._chunk(batch, length, vocab) == 8
+    assert logprobs._chunk(batch, length + 1, vocab) == 8  # nine chunks of 8, of which the last is mostly padding
+    assert logprobs._chunk(batch, 5, vocab) == 5
