@@ -40,9 +40,9 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     described = pathlib.Path("/proc/cpuinfo")
-    features = {line for line in described.read_text().splitlines() if line.lower().startswith(("flags", "features"))
-                } if described.exists() else set()  # fmt: skip
-    machine = xxhash.xxh3_64_hexdigest("\n".join([platform.machine(), *sorted(features)]))
+    lines = described.read_text().splitlines() if described.exists() else []
+    features = {line for line in lines if line.lower().startswith(("flags", "features"))}
+    machine = xxhash.xxh3_64_hexdigest("\n".join([platform.machine(), *sorted(features)]).encode())
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "rlaif_jax" / f"compiled-{machine}"))
 

@@ -126,13 +126,12 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
             f"the preamble of judge template {template.name} has {len(preamble)} tokens, which leaves no room for "
             f"a pair in judge.max_length={config.max_length}"
         )
-    model = LanguageModel(
-        dataclasses.replace(gguf.model_config(reader), dtype=config.dtype, attention=config.attention)
-    )
+    shape = dataclasses.replace(gguf.model_config(reader), dtype=config.dtype, attention=config.attention)
+    stacked = LanguageModel(shape)
     weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
-    params = place_parameters(model, weights, placement)
-    if template.reasoning:  # which decodes
-        params, model = decoding_parameters(model, params, placement), decoding_model(model)
+    # Layers of their own are 1.2 times as fast as stacked ones, of which each call cuts copies (measured on a CPU).
+    params = decoding_parameters(stacked, place_parameters(stacked, weights, placement), placement)
+    model = decoding_model(stacked)
     prefix = _read(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
     reasoner = None

@@ -1,5 +1,6 @@
 """Log-probabilities and entropy of given tokens, without logits of the whole length at once."""
 
+import functools
 import math
 
 import jax
@@ -18,32 +19,18 @@ def token_logprobs(
       unembedding: [width, vocab].
       targets: [batch, length] int32.
       temperature: the sampling temperature, so that the log-probs are those of the distribution sampled from.
-      chunk: positions whose logits exist at a time, by default what `LOGITS_BYTES` allows; the backward pass
-        recomputes them, so that logits of the whole length never exist.
+      chunk: positions whose logits exist at a time, by default what `LOGITS_BYTES` allows. The backward pass, which is
+        exact, computes them again, so that logits of the whole length never exist.
 
     Returns (logprobs, entropy), each [batch, length] float32; entropy in nats.
     """
-
-    @jax.checkpoint
-    def one_chunk(hidden, targets):
-        logits = (hidden @ unembedding.astype(hidden.dtype)).astype(jnp.float32) / temperature
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-        return chosen, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-
     length = targets.shape[1]
-    chunk = chunk or _chunk(*targets.shape, unembedding.shape[1])
-    if length <= chunk:
-        return one_chunk(hidden, targets)
+    chunk = min(chunk or _chunk(*targets.shape, unembedding.shape[1]), length)
     padding = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-
-    def chunked(x):  # [batch, length, ...] -> [chunks, batch, chunk, ...]
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-    outputs = jax.lax.map(lambda xs: one_chunk(*xs), (chunked(hidden), chunked(targets)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(targets.shape)[:, :length] for x in outputs)
+    logprobs, entropy = _token_logprobs(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk)
+    return logprobs[:, :length], entropy[:, :length]
 
 
 def _chunk(batch: int, length: int, vocab: int) -> int:
@@ -52,3 +39,67 @@ def _chunk(batch: int, length: int, vocab: int) -> int:
     rows = batch if mesh.empty else max(batch // (mesh.shape["data"] * mesh.shape["fsdp"]), 1)
     fitting = max(LOGITS_BYTES // (4 * rows * vocab), 1)
     return math.ceil(length / math.ceil(length / fitting))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_logprobs(hidden, unembedding, targets, temperature: float, chunk: int):
+    return _forward(hidden, unembedding, targets, temperature, chunk)[0]
+
+
+def _forward(hidden, unembedding, targets, temperature: float, chunk: int):
+    def one(chunks):
+        hidden, targets = chunks
+        logits = _logits(hidden, unembedding, temperature)
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = jnp.sum(weights, axis=-1)
+        log_sum = largest[..., 0] + jnp.log(total)
+        mean = jnp.sum(weights * logits, axis=-1) / total
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return chosen - log_sum, log_sum - mean, log_sum
+
+    logprobs, entropy, log_sum = _over_chunks(one, (hidden, targets), chunk)
+    return (logprobs, entropy), (hidden, unembedding, targets, log_sum, entropy)
+
+
+def _backward(temperature: float, chunk: int, residuals, cotangents):
+    """With p the softmax of the logits z: d logprob / dz = onehot - p, and d entropy / dz = -p (log p + entropy)."""
+    hidden, unembedding, *rest = residuals
+
+    def one(gradient, chunks):
+        hidden, targets, log_sum, entropy, for_logprob, for_entropy = chunks
+        log_probs = _logits(hidden, unembedding, temperature) - log_sum[..., None]
+        slope = for_logprob[..., None] + for_entropy[..., None] * (log_probs + entropy[..., None])
+        at_target = jnp.arange(log_probs.shape[-1]) == targets[..., None]
+        for_logits = jnp.where(at_target, for_logprob[..., None], 0.0) - jnp.exp(log_probs) * slope
+        for_logits = (for_logits / temperature).astype(hidden.dtype)
+        gradient += jnp.einsum("blw,blv->wv", hidden, for_logits, preferred_element_type=jnp.float32)
+        return gradient, jnp.einsum("blv,wv->blw", for_logits, unembedding)
+
+    zeros = jnp.zeros(unembedding.shape, jnp.float32)
+    chunks = jax.tree.map(functools.partial(_split, chunk=chunk), (hidden, *rest, *cotangents))
+    for_unembedding, for_hidden = jax.lax.scan(one, zeros, chunks)
+    return _join(for_hidden), for_unembedding.astype(unembedding.dtype), None
+
+
+_token_logprobs.defvjp(_forward, _backward)
+
+
+def _logits(hidden, unembedding, temperature: float):
+    return (hidden @ unembedding).astype(jnp.float32) / temperature
+
+
+def _over_chunks(function, arrays, chunk: int):
+    outputs = jax.lax.map(function, jax.tree.map(functools.partial(_split, chunk=chunk), arrays))
+    return jax.tree.map(_join, outputs)
+
+
+def _split(x, chunk: int):
+    """[batch, length, ...] -> [chunks, batch, chunk, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _join(x):
+    """[chunks, batch, chunk, ...] -> [batch, length, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -123,7 +123,8 @@ class Layer(nn.Module):
         own = LayerCache(key, project(h, w_value))
         if cache is not None:
             own = append(cache, own, context.slot)
-        blocks = [Keys(own.key, own.value, context.mask, own.key_scale, own.value_scale, context.segment_ids)]
+        scales = (own.key_scale, own.value_scale)
+        blocks = [Keys(own.key, own.value, context.mask, *scales, context.segment_ids, causal=cache is None)]
         for prefix, mask in zip(prefixes, context.prefix_masks, strict=True):
             blocks.append(Keys(prefix.key, prefix.value, mask, prefix.key_scale, prefix.value_scale))
         x = x + project(attend(query, blocks, c.attention), w_output, contracted=2)

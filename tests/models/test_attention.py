@@ -43,6 +43,19 @@ def test_blocks_together_are_one_softmax_over_all_their_keys():
     np.testing.assert_allclose(attend(query, blocks, "plain"), expected, atol=1e-5)
 
 
+def test_a_causal_block_in_parts_is_the_whole_block():
+    length = 150
+    query, key, value = (normal(2, length, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    mask = np.tril(RNG.random((2, length, length)) < 0.9)
+    causal, shared = (
+        Block(key, value, mask, causal=True),
+        Block(normal(1, 5, KV_HEADS, DIM), normal(1, 5, KV_HEADS, DIM)),
+    )
+    for others in ([], [shared]):
+        expected = attend(query, [causal._replace(causal=False), *others], "plain")
+        np.testing.assert_allclose(attend(query, [causal, *others], "plain"), expected, atol=1e-5)
+
+
 def test_a_block_without_mask_counts_all_its_slots():
     query, key, value = normal(BATCH, LENGTH, HEADS, DIM), normal(1, 5, KV_HEADS, DIM), normal(1, 5, KV_HEADS, DIM)
     masked = Block(key, value, np.ones((1, 1, 5), bool))
