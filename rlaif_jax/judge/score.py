@@ -132,7 +132,7 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     # Layers of their own are 1.2 times as fast as stacked ones, of which each call cuts copies (measured on a CPU).
     params = decoding_parameters(stacked, place_parameters(stacked, weights, placement), placement)
     model = decoding_model(stacked)
-    prefix = _read(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
+    prefix = read_prefix(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
     reasoner = None
     if template.reasoning:
@@ -144,7 +144,7 @@ def plan_judging(judge: Judge, pairs: Sequence[Pair]) -> Plan:
     """The shapes for a job, from the lengths of about `_PLANNED` of its trees, spread evenly over it."""
     groups = _groups(pairs, judge.config.pairs_per_tree)
     some = groups[:: math.ceil(len(groups) / _PLANNED)] if groups else []
-    lengths = [len(_tree(judge, _rests(judge, [pairs[i] for i in group]))) for group in some]
+    lengths = [len(_tree(judge, suffix_tokens(judge, [pairs[i] for i in group]))) for group in some]
     buckets = length_buckets(lengths, judge.config.buckets, judge.config.bucket_multiple) if lengths else []
     return Plan(buckets, 2 * max(map(len, groups), default=0) * sum(map(len, judge.choices)))
 
@@ -157,37 +157,53 @@ def judge_pairs(
     plan: of the job that the pairs are part of. first_pair: the number of the first one in the job, on which
     rationales depend. `on_prompts` is told of prompts that are scored, and how many.
     """
-    rests = _rests(judge, pairs)
-    tokens_after = judge.reasoner.tokens_after if judge.reasoner else max(map(len, judge.choices)) - 1
-    lengths = [len(judge.preamble) + len(rest) for rest in rests]
-    fits = [length + tokens_after <= judge.config.max_length for length in lengths]
-    wanted = [i for i, pair in enumerate(pairs) if all(fits[2 * i : 2 * i + 2]) and pair.response_a != pair.response_b]
-    logprobs = np.full((len(pairs), 2, 2), np.nan)  # pair, order, slot
-    rationales: dict[int, str] = {}
+    answers = answer_pairs(judge, pairs, plan, first_pair, on_prompts)
+    return [_judgement(judge, pair, i, answers) for i, pair in enumerate(pairs)]
+
+
+class Answers(NamedTuple):
+    """What a judge answered to both prompts of each pair: with response a and with response b in slot 1."""
+
+    logprobs: np.ndarray  # [pairs, order, slot] float64, of the choices; NaN where a prompt is not scored
+    lengths: np.ndarray  # [pairs, order] tokens of the whole prompts
+    fits: np.ndarray  # [pairs] bool: both prompts, and what is to follow them, are within the judge's length
+    rationales: dict[tuple[int, int], str]  # (pair, order) -> rationale
+
+
+def answer_pairs(
+    judge: Judge, pairs: Sequence[Pair], plan: Plan, first_pair: int, on_prompts: Callable[[int], object]
+) -> Answers:
+    """The log-probabilities of both choices in both orders; the arguments are those of `judge_pairs`."""
+    rests = suffix_tokens(judge, pairs)
+    after = judge.reasoner.tokens_after if judge.reasoner else max(map(len, judge.choices)) - 1
+    lengths = np.array([len(judge.preamble) + len(rest) for rest in rests]).reshape(-1, 2)
+    fits = np.all(lengths + after <= judge.config.max_length, axis=1)
+    answers = Answers(np.full((len(pairs), 2, 2), np.nan), lengths, fits, {})
+    wanted = [i for i, pair in enumerate(pairs) if fits[i] and pair.response_a != pair.response_b]
     if judge.reasoner:
-        rows = [2 * i + order for i in wanted for order in (0, 1)]
-        row_ids = [2 * first_pair + row for row in rows]
-        for row, (text, scores) in reason(judge.reasoner, [rests[row] for row in rows], row_ids):
-            logprobs[divmod(rows[row], 2)], rationales[rows[row]] = scores, text
+        rows = [(i, order) for i in wanted for order in (0, 1)]
+        row_ids = [2 * (first_pair + i) + order for i, order in rows]
+        prompts = [rests[2 * i + order] for i, order in rows]
+        for row, (text, scores) in reason(judge.reasoner, prompts, row_ids):
+            answers.logprobs[rows[row]], answers.rationales[rows[row]] = scores, text
             on_prompts(1)
     else:
         for chosen, scores in _score(judge, pairs, wanted, rests, plan):
-            logprobs[chosen] = scores
+            answers.logprobs[chosen] = scores
             on_prompts(2 * len(chosen))
-    judgements = []
-    for i, pair in enumerate(pairs):
-        forward, backward = (_log_odds(row) for row in logprobs[i])
-        status = _status(pair, all(fits[2 * i : 2 * i + 2]), forward, backward)
-        prob_a = prob_forward = prob_reversed = None
-        if status == "ok":
-            prob_forward, prob_reversed = _sigmoid(forward), _sigmoid(-backward)
-            prob_a = (prob_forward + prob_reversed) / 2
-        written = (rationales.get(2 * i), rationales.get(2 * i + 1))
-        hashes = map(text_hash, judge.prompts(pair))
-        judgements.append(
-            Judgement(status, prob_a, prob_forward, prob_reversed, *written, *lengths[2 * i : 2 * i + 2], *hashes)
-        )
-    return judgements
+    return answers
+
+
+def _judgement(judge: Judge, pair: Pair, i: int, answers: Answers) -> Judgement:
+    forward, backward = (_log_odds(row) for row in answers.logprobs[i])
+    status = _status(pair, bool(answers.fits[i]), forward, backward)
+    prob_a = prob_forward = prob_reversed = None
+    if status == "ok":
+        prob_forward, prob_reversed = _sigmoid(forward), _sigmoid(-backward)
+        prob_a = (prob_forward + prob_reversed) / 2
+    rationales = (answers.rationales.get((i, order)) for order in (0, 1))
+    hashes = map(text_hash, judge.prompts(pair))
+    return Judgement(status, prob_a, prob_forward, prob_reversed, *rationales, *answers.lengths[i].tolist(), *hashes)
 
 
 def _score(
@@ -215,7 +231,7 @@ def _tree(judge: Judge, rests: Sequence[Sequence[int]]) -> Tree:
     return grow(rests, judge.choices)
 
 
-def _rests(judge: Judge, pairs: Sequence[Pair]) -> list[list[int]]:
+def suffix_tokens(judge: Judge, pairs: Sequence[Pair]) -> list[list[int]]:
     """What follows the preamble's tokens in both prompts of each pair: two token lists a pair."""
     texts = [text for pair in pairs for text in judge.prompts(pair)]
     count, rests = len(judge.preamble), []
@@ -252,7 +268,7 @@ def _sigmoid(x: float) -> float:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(model: LanguageModel, params, tokens: jax.Array) -> KVCache:
+def read_prefix(model: LanguageModel, params, tokens: jax.Array) -> KVCache:
     """The cache of one row, all of it real tokens."""
     _, cache = model.apply({"params": params}, tokens, jnp.ones_like(tokens), keep_keys=True)
     return cache.replace(mask=None)

@@ -1,0 +1,56 @@
+"""Scoring 8 x 256 tokens: one forward pass and the log-probs at the last position, against transformers.
+
+python benchmarks/scoring.py
+"""
+
+import jax
+import numpy as np
+from harness import Peer, alternate, load, matmul_rate, parser, report, watch
+
+from rlaif_jax.models.parameters import decoding_model, decoding_parameters
+from rlaif_jax.models.transformer import unembedding
+
+
+def main() -> None:
+    """Prints the JSON line."""
+    flags = parser(__doc__)
+    flags.add_argument("--batch", type=int, default=8)
+    flags.add_argument("--length", type=int, default=256)
+    options = flags.parse_args()
+    stacked, parameters, placement = load(options.shape, options.dtype)
+    model, parameters = decoding_model(stacked), decoding_parameters(stacked, parameters, placement)
+    config = model.config
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (options.batch, options.length)).astype(np.int32)
+
+    @jax.jit
+    def forward(parameters):
+        hidden, _ = model.apply({"params": parameters}, tokens, np.ones_like(tokens))
+        logits = (hidden[:, -1] @ unembedding(parameters).astype(hidden.dtype)).astype(np.float32)
+        return jax.nn.log_softmax(logits)
+
+    def ours():
+        return jax.block_until_ready(forward(parameters))
+
+    ours()
+    request = {"task": "score", "tokens": tokens.tolist()}
+    peer = None if options.no_peer or options.shape != "135m" else Peer(options, "transformers_peer.py", request)
+    with watch(peer) as watched:
+        times, answers = alternate(ours, peer, options.runs)
+        rate = matmul_rate(options.dtype)
+    work = options.batch * options.length
+    weights = sum(x.size for x in jax.tree.leaves(parameters)) - config.vocab_size * config.hidden_size
+    # Two FLOPs a weight and token, attention to the tokens before (half of them on average), and the last logits.
+    flops = 2 * weights * work + 2 * work * options.length * config.num_hidden_layers * (
+        config.num_attention_heads * config.head_dim
+    )
+    more = {"share_of_matmul_rate": flops / float(np.median(times)) / rate, "matmul_gflops": rate / 1e9}
+    if peer:
+        found = np.asarray(forward(parameters))[:, :100]
+        more["max_logprob_difference"] = float(np.abs(found - np.array(answers[-1]["logprobs"])).max())
+        peer.close()
+    name = f"scoring {options.batch} x {options.length}, {options.shape} {options.dtype}"
+    report(name, "tokens", work, times, [answer["seconds"] for answer in answers], watched, **more)
+
+
+if __name__ == "__main__":
+    main()
