@@ -157,6 +157,17 @@ def _peer_python(options: argparse.Namespace) -> str:
 _PEER_NEEDS = ("transformers==", "gguf==", "numpy==", "tokenizers==")
 
 
+_COMPILED: list[float] = []
+
+
+def _count_compilations(event: str, seconds: float, **_) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilations)
+
+
 @dataclasses.dataclass
 class Watch:
     """CPU time that processes other than the benchmark's own have used while it ran."""
@@ -220,7 +231,8 @@ def report(task: str, unit: str, work: float, ours: list[float], peer: list[floa
         line["ratio"] = float(np.median(peer) / np.median(ours)) if share <= BUSY else None
     if share > BUSY:
         line["no_ratio_because"] = f"{name} used {share:.0%} of a core"
-    print(json.dumps(line | {"device": jax.devices()[0].device_kind} | more), flush=True)
+    line |= {"device": jax.devices()[0].device_kind, "compilations": len(_COMPILED)}
+    print(json.dumps(line | more), flush=True)
 
 
 def rates(work: float, seconds: list[float]) -> list[float]:
