@@ -51,9 +51,15 @@ def open_folder(workdir: str) -> epath.Path:
     """The folder of --workdir, which need not exist. Raises UserError where it can't be one."""
     if set(workdir) & set("*?[]"):
         raise UserError(f"--workdir={workdir} must not hold any of * ? [ ]")  # Orbax would read it as a pattern
+    if not workdir:
+        raise UserError("--workdir is empty: name a folder")
     folder = epath.Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={workdir} is a file, not a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} can't be made: {error.strerror}") from error
     return folder
 
 

@@ -30,6 +30,8 @@ def table(runs: list[epath.Path]) -> str:
         if not file.exists():
             raise UserError(f"{file} is missing: run the eval stage first")
         results.append(read_json(file))
+        if not isinstance(results[-1], dict) or not results[-1]:
+            raise UserError(f"{file} has no figures: delete it and run the eval stage again")
     distinct = len({run.name for run in runs}) == len(runs)
     titles = [run.name if distinct else str(run) for run in runs]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(runs) + 1) + "|"]

@@ -6,6 +6,7 @@ Config files (`configs/*.py`) return an `ml_collections.ConfigDict` that has exa
 import dataclasses
 import difflib
 import fnmatch
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.judge.score import JudgeConfig
 from rlaif_jax.models.attention import IMPLEMENTATIONS
 from rlaif_jax.models.transformer import ModelConfig
-from rlaif_jax.parallel.mesh import MeshConfig
+from rlaif_jax.parallel.mesh import RULES, MeshConfig
 from rlaif_jax.sampling.continuous import SamplerConfig
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.training.optimizer import SCHEDULES, OptimizerConfig
@@ -156,6 +157,8 @@ def _value(value: Any, kind: Any, path: str) -> Any:
         if isinstance(value, (tuple, list)) and all(type(item) is item_kind for item in value):
             return tuple(value)
         raise UserError(f"config field {path} must be a tuple of {item_kind.__name__}, not {value!r}")
+    if kind is float and type(value) is float and not math.isfinite(value):
+        raise UserError(f"config field {path} must be finite, not {value!r}")
     if type(value) is not kind:
         raise UserError(f"config field {path} must be of type {kind.__name__}, not {type(value).__name__} ({value!r})")
     return value
@@ -208,7 +211,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.temperature *.top_k", "0 or more", lambda x: x >= 0),
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
-        "seed *.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples",
+        "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples",
         "0 or more",
         lambda x: x >= 0,
     ),
@@ -219,6 +222,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
+    ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
+    ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
     ("data.layout", f"one of {', '.join(LAYOUTS)}", lambda x: x in LAYOUTS),
     ("data.*.kind", f"one of {', '.join(map(repr, KINDS))}", lambda x: x in KINDS),
     ("label.source", "ai or human", lambda x: x in ("ai", "human")),

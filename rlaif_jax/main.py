@@ -51,9 +51,10 @@ def _replay(run: Run, row: int) -> int:
     file = run.folder("label") / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
+    table = store.check_row(read_parquet(file), row)
     with jax.set_mesh(run.placement.mesh):
         judge = load_judge(run.config.judge, run.config.seed, run.placement)
-        stored, fresh = store.replay(judge, read_parquet(file), row)
+        stored, fresh = store.replay(judge, table, row)
     same = store.same_label(stored, fresh)
     print_replay(judge, stored, fresh, same)
     return 0 if same else 1

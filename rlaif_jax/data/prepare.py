@@ -114,7 +114,7 @@ _VALUES: dict[str, Callable] = {
     "response_a": _reply,
     "response_b": _reply,
     "prob_a": _prob_a,
-    "group": lambda raw, name: raw.get(name, ""),
+    "group": lambda raw, name: str(raw.get(name, "")),
 }
 
 
@@ -182,7 +182,9 @@ def _check(config: DataConfig, role: str, report: Mapping[str, Any]) -> None:
         )
     if getattr(config, role).kind and not report["rows"]:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
-        raise UserError(f"config.data.{role} has no usable row ({reasons or 'it is empty'})")
+        split = getattr(config, role).split
+        nothing = f"none is of split {split!r}" if split else "it is empty"
+        raise UserError(f"config.data.{role} has no usable row ({reasons or nothing})")
 
 
 def training_texts(rows: Sequence[Row]) -> Iterator[str]:

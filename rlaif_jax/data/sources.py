@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ KINDS = ("", "embedded", "jsonl", "parquet", "datasets", "tfds")
 def files(config: SourceConfig, root: str) -> list[epath.Path]:
     """The files of a source of kind jsonl or parquet. Raises UserError where there is none."""
     path = epath.Path(root) / config.path
-    found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path] * path.is_file()
+    found = [file for file in sorted(path.parent.glob(path.name)) if file.is_file()]
     if not found:
         raise UserError(f"no data file at {path}: see config.data.root and the path of the source")
     return found
@@ -84,17 +85,19 @@ def _json_lines(config: SourceConfig, root: str) -> Iterator[Any]:
                 for line in lines:
                     if line.strip():
                         yield _json_row(line)
-            except (EOFError, gzip.BadGzipFile, OSError) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): fetch it again") from error
 
 
 def _json_row(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except UnicodeDecodeError:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # a lone half of a pair of \\u escapes is no text
+    except UnicodeError:
         return Malformed("not UTF-8")
-    except ValueError:
+    except (ValueError, RecursionError):
         return Malformed("not JSON")
+    return row
 
 
 def _parquet(config: SourceConfig, root: str) -> Iterator[Any]:

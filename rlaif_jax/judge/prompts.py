@@ -9,6 +9,7 @@ from etils import epath
 
 from rlaif_jax.errors import UserError
 
+_FIELDS = {"instruction", "comparison", "verdict", "choices", "reasoning", "examples"}
 _PLACEHOLDERS = {"prompt", "response_1", "response_2"}
 TEMPLATES = epath.Path(__file__).parent / "templates"
 
@@ -71,19 +72,32 @@ def load_template(name: str, chain_of_thought: bool) -> Template:
         raise UserError(f"no judge template {name!r}; there are {', '.join(known)}, or give the path of a YAML file")
     try:
         fields = yaml.safe_load(path.read_text())
+        if not isinstance(fields, dict):
+            raise TypeError("it must be a mapping of fields")
+        if unknown := sorted(set(fields) - _FIELDS):
+            raise ValueError(f"unknown field {unknown[0]}; the fields are {', '.join(sorted(_FIELDS))}")
         comparison, choices, examples = fields["comparison"], tuple(fields["choices"]), fields["examples"]
         instruction, verdict = fields["instruction"], fields["verdict"]
         cue, stop = _reasoning(path, fields) if chain_of_thought else ("", ())
         parts = (instruction, comparison, verdict, *choices, cue, *stop)
         if not isinstance(examples, list) or not all(isinstance(part, str) for part in parts):
-            raise TypeError("instruction, comparison, verdict, choices, cue and stop must be texts, examples a list")
-        found = {field for _, field, _, _ in string.Formatter().parse(comparison) if field is not None}
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+            raise TypeError(
+                "instruction, comparison, verdict, cue and every one of choices and stop must be texts (numbers in "
+                "quotes), examples a list"
+            )
+        found = {
+            field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            for _, field, form, conversion in string.Formatter().parse(comparison)
+            if field is not None
+        }
+    except yaml.YAMLError as error:
+        raise UserError(f"judge template {path} is not YAML: {error}".replace("\n", " ")) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"judge template {path} is malformed: {error!r}".replace("\n", " ")) from error
     if found != _PLACEHOLDERS:
         raise UserError(f"judge template {path} must use {sorted(_PLACEHOLDERS)} in comparison, not {sorted(found)}")
-    if len(choices) != 2 or not all(choices):
-        raise UserError(f"judge template {path} must have two choices that are not empty, not {list(choices)}")
+    if len(choices) != 2 or any(one.startswith(other) for one, other in (choices, choices[::-1])):
+        raise UserError(f"judge template {path} must have two choices, none the beginning of the other: {choices}")
     # What stands between a comparison and the choice is no format: braces in it are themselves.
     literal = (cue if chain_of_thought else verdict).replace("{", "{{").replace("}", "}}")
     reasoning = Reasoning(verdict, stop) if chain_of_thought else None
@@ -92,7 +106,7 @@ def load_template(name: str, chain_of_thought: bool) -> Template:
     for index, example in enumerate(examples):
         try:
             shots.append(_shot(template, example))
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"judge template {path}, example {index}: missing or wrong {error}") from error
     preamble = "".join(part + "\n\n" for part in ([instruction] if instruction else []) + shots)
     return dataclasses.replace(template, preamble=preamble)
@@ -102,6 +116,8 @@ def _reasoning(path: epath.Path, fields: dict) -> tuple[str, tuple[str, ...]]:
     """The cue, and what stops a rationale."""
     if "reasoning" not in fields:
         raise UserError(f"judge template {path} has no reasoning: set judge.chain_of_thought=False, or give it one")
+    if not isinstance(fields["reasoning"]["stop"], list):
+        raise TypeError("stop must be a list of texts")
     return fields["reasoning"]["cue"], tuple(fields["reasoning"]["stop"])
 
 
@@ -110,4 +126,6 @@ def _shot(template: Template, example: dict) -> str:
     shot = template.suffix(example["prompt"], example["response_1"], example["response_2"])
     if template.reasoning:
         shot += example["rationale"] + template.reasoning.verdict
-    return shot + template.choices[(1, 2).index(example["choice"])]
+    if example["choice"] not in (1, 2):
+        raise TypeError(f"choice: {example['choice']!r} is neither 1 nor 2")
+    return shot + template.choices[example["choice"] - 1]

@@ -88,13 +88,19 @@ def _read_shard(shard: epath.Path, judge: Judge) -> pa.Table:
     return table
 
 
+def check_row(table: pa.Table, row: int) -> pa.Table:
+    """`table`. Raises UserError where it has no such row."""
+    if not 0 <= row < table.num_rows:
+        raise UserError(f"no label row {row}: the file has rows 0 to {table.num_rows - 1}")
+    return table
+
+
 def replay(judge: Judge, table: pa.Table, row: int) -> tuple[dict, dict]:
     """Judges row `row` of a label table afresh. Returns the stored and the new fields of that row.
 
     Raises UserError where there is no such row.
     """
-    if not 0 <= row < table.num_rows:
-        raise UserError(f"no label row {row}: the file has rows 0 to {table.num_rows - 1}")
+    check_row(table, row)
     stored = table.slice(row, 1).to_pylist()[0]
     pair = Pair(stored["prompt"], stored["response_a"], stored["response_b"])
     judgement = judge_pairs(judge, [pair], plan_judging(judge, [pair]), row, lambda prompts: None)

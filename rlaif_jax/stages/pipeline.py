@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from etils import epath
+
 from rlaif_jax.config import flatten
 from rlaif_jax.data.prepare import COLUMNS
 from rlaif_jax.data.sources import files
@@ -27,7 +29,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
 _PARTS = {
     "sft": ("seed", "data", "policy", "sft"),
-    "label": ("judge", "label"),
+    "label": ("judge", "sampler", "label"),
     "reward_model": ("reward_model",),
     "rl": ("rl",),
     "eval": ("evaluation",),
@@ -37,9 +39,17 @@ _OPERATIONAL = (
     "checkpoint_every",
     "keep_best",
     "evaluation.shown_samples",
-    "judge.batch_size",
+    "judge.batch_tokens",
     "judge.max_failure_rate",
+    "buckets",
+    "bucket_multiple",
+    "pairs_per_tree",
+    "slots",
+    "refill",
+    "chunk",
 )
+# What a finished stage leaves last; one whose file is gone is not finished.
+_LAST = {"label": "preferences.parquet", "reward_model": "normalisation.json", "eval": "results.json"}
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -104,7 +114,16 @@ def _file_hashes(run: Run) -> dict[str, str]:
 def is_done(run: Run, name: str) -> bool:
     """Whether a stage has run to its end. Raises UserError where the record of it is damaged."""
     record = run.record(name)
-    return record.exists() and read_json(record)["done"]
+    if not record.exists() or not _read_record(record)["done"]:
+        return False
+    return name not in _LAST or (run.folder(name) / _LAST[name]).exists()
+
+
+def _read_record(record: epath.Path) -> dict:
+    found = read_json(record)
+    if not isinstance(found, dict) or not {"done", "config"} <= set(found):
+        raise UserError(f"{record} is damaged: delete it and run the stage that writes it")
+    return found
 
 
 def _check_config(run: Run, name: str) -> None:
@@ -113,7 +132,7 @@ def _check_config(run: Run, name: str) -> None:
     kept = any(folder.glob("checkpoints/checksums/*")) or any(folder.glob("*.parquet"))
     if not record.exists() or not kept:
         return
-    before, now = read_json(record)["config"], stage_inputs(run, name)
+    before, now = _read_record(record)["config"], stage_inputs(run, name)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         was = ", ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in changed)

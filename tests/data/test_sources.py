@@ -78,6 +78,8 @@ def test_dots_reach_into_lists_and_objects(tmp_path):
         (b"[1, 2]", "not an object"),
         (b'{"title": "x"}', "no field summary"),
         (b'{"title": "\xff", "summary": "s"}', "not UTF-8"),
+        (b'{"title": "\\ud800", "summary": "s"}', "not UTF-8"),
+        (b"[" * 200_000, "not JSON"),
     ],
 )
 def test_a_bad_line_is_one_malformed_row(tmp_path, line, reason):
@@ -90,6 +92,12 @@ def bad_gzip(folder):
     (folder / "bad.jsonl.gz").write_bytes((folder / "packed.jsonl.gz").read_bytes()[:60])
 
 
+def flipped_gzip(folder):
+    data = bytearray((folder / "packed.jsonl.gz").read_bytes())
+    data[40:60] = bytes(byte ^ 0xFF for byte in data[40:60])
+    (folder / "flipped.jsonl.gz").write_bytes(data)
+
+
 def bad_parquet(folder):
     (folder / "bad.parquet").write_bytes((folder / "table.parquet").read_bytes()[:-20])
 
@@ -100,6 +108,8 @@ def bad_parquet(folder):
         (source("jsonl", "nowhere.jsonl"), None, "no data file at .*nowhere.jsonl"),
         (source("jsonl", "none-*.jsonl"), None, "no data file at .*none-"),
         (source("jsonl", "bad.jsonl.gz"), bad_gzip, "bad.jsonl.gz is damaged"),
+        (source("jsonl", "flipped.jsonl.gz"), flipped_gzip, "flipped.jsonl.gz is damaged"),
+        (source("jsonl", "ra*"), None, "no data file"),
         (source("parquet", "bad.parquet"), bad_parquet, "bad.parquet is damaged"),
         (source("datasets", "saved/nothing"), None, "saved/nothing"),
         (source("datasets", "dict", split="test"), None, "split 'test'"),

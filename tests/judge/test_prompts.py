@@ -57,7 +57,12 @@ def test_the_digest_changes_with_any_part(tmp_path):
         {"comparison": "Q {prompt} A {response_1}"},
         {"comparison": "Q {prompt} A {response_1} B {response_2} {rubric}"},
         {"verdict": None},
+        {"comparison": "Q {prompt!r} A {response_1} B {response_2:>9}"},
         {"choices": [" one"]},
+        {"choices": [1, 2]},
+        {"choices": [" 1", " 12"]},
+        {"exampels": []},
+        {"examples": ["foo"]},
         {"choices": None},
         {"examples": [{"prompt": "p", "response_1": "x", "response_2": "y", "choice": 3}]},
         {"examples": [{"prompt": "p", "response_1": "x", "choice": 1}]},
@@ -66,6 +71,19 @@ def test_the_digest_changes_with_any_part(tmp_path):
 def test_a_malformed_template_is_an_error_that_names_the_file(tmp_path, changes):
     with pytest.raises(UserError, match=r"template\.yaml"):
         template(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "a: [", "just words"])
+def test_a_file_that_is_no_template_is_one_line(tmp_path, text):
+    (tmp_path / "other.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"other\.yaml") as error:
+        load_template(str(tmp_path / "other.yaml"), False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stop_that_is_one_text_is_refused_for_it_would_be_its_letters(tmp_path):
+    with pytest.raises(UserError, match="stop must be a list"):
+        template(tmp_path, True, reasoning=REASONING | {"stop": "\n\n"}, examples=[])
 
 
 def test_an_unknown_template_names_the_known_ones():

@@ -80,6 +80,15 @@ def test_a_label_that_another_judge_made_is_not_reproduced(finished, capfd, tmp_
 
 # Each of these ends with one line on stderr that holds the words given, and starts no work.
 BAD_USAGE = {
+    "empty workdir": (["--workdir="], ["--workdir is empty"]),
+    "workdir that can't be": (["--workdir=/proc/x"], ["/proc/x", "can't be made"]),
+    "seed too large": (["--config.seed=4294967296"], ["seed=4294967296", "2147483647"]),
+    "not finite": (["--config.rl.kl_coef=inf"], ["rl.kl_coef", "finite"]),
+    "unknown axis": (["--config.mesh.replicated=('headz',)"], ["replicated", "headz"]),
+    "other cache": (["--config.sampler.cache_dtype=int8"], ["sampler.cache_dtype='int8'"]),
+    "no such cache": (["--config.sampler.cache_dtype=int4"], ["sampler.cache_dtype", "int8"]),
+    "no such attention": (["--config.judge.attention=flash"], ["judge.attention", "cudnn"]),
+    "filter out of range": (["--config.rl.sampling.top_p=0"], ["rl.sampling.top_p", "above 0"]),
     "misspelt field": (["--config.sft.stepz=3"], ["config.sft.stepz", "did you mean steps?"]),
     "unknown group": (["--config.stf.steps=3"], ["config.stf.steps"]),
     "mistyped value": (["--config.sft.steps=many"], ["sft.steps", "many"]),
@@ -178,3 +187,14 @@ def test_an_rl_iteration_moves_nothing_to_or_from_the_device_but_its_prompts(fin
     with jax.set_mesh(run.placement.mesh):
         rl.run_rl(run)
     assert np.isfinite(guarded).all() and guarded
+
+
+def test_a_label_file_that_is_gone_is_put_together_again_from_its_shards(finished, capfd):
+    file = finished[0] / "label" / "preferences.parquet"
+    before = file.read_bytes()
+    file.write_bytes(before[: len(before) // 2])
+    assert main(["main", *finished[1], "--replay=0"]) == 2
+    assert "delete it and run the stage" in capfd.readouterr().err
+    file.unlink()
+    assert main(["main", *finished[1], "--stages=label"]) == 0
+    assert file.read_bytes() == before
