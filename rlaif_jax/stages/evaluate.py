@@ -51,9 +51,8 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     columns: dict[str, list] = {"prompt": prompts}
     with progress(None, "eval samples", total=len(POLICIES) * len(prompts), unit="sample") as bar:
         for name in POLICIES:
-            replies = sample_replies(
-                run, params[name], prompts, 1, run.key(f"eval/{name}"), config.sampling, bar.update
-            )
+            # One key for all policies: what they differ in is then their own doing, not the luck of the draw.
+            replies = sample_replies(run, params[name], prompts, 1, run.key("eval"), config.sampling, bar.update)
             columns[name] = replies.texts
             numbers = []
             for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
