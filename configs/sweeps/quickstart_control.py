@@ -2,7 +2,7 @@
 
     python -m rlaif_jax.sweep --config=configs/sweeps/quickstart_control.py --workdir=runs/sweeps
 
-About 25 minutes on 2 CPU cores. What the labels owe to the judge shows in the difference: without a judge that knows
+About 30 minutes on 2 CPU cores. What the labels owe to the judge shows in the difference: without a judge that knows
 something, nothing improves.
 """
 

@@ -1,6 +1,6 @@
 """How far the KL penalty holds the quickstart's policy back: three coefficients, three seeds.
 
-    python -m rlaif_jax.sweep --config=configs/sweeps/quickstart_kl.py --workdir=runs/quickstart_kl
+    python -m rlaif_jax.sweep --config=configs/sweeps/quickstart_kl.py --workdir=runs/sweeps
 
 Each seed's SFT policy, labels and reward model are made once and serve every arm: 27 stages instead of 45. Arms of the
 quickstart are arms here: `quickstart_kl.py:smoke` shows that everything runs.
