@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 
 from rlaif_jax.parallel.mesh import RULES, partition_spec
@@ -130,6 +129,9 @@ def _splash(query: jax.Array, block: Block) -> jax.Array:
 
 
 def _splash_rows(query, key, value, segment_ids):
+    # Slow to import, and needed for this kernel alone.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
     length, heads, head_dim = query.shape[1:]
     size = next(size for size in _SPLASH_SIZES if length % size == 0)
     kernel = splash_attention_kernel.make_splash_mha(
