@@ -61,6 +61,7 @@ def test_the_digest_changes_with_any_part(tmp_path):
         {"choices": [" one"]},
         {"choices": [1, 2]},
         {"choices": [" 1", " 12"]},
+        {"choices": [" 1", " 1"]},
         {"exampels": []},
         {"examples": ["foo"]},
         {"choices": None},

@@ -87,16 +87,6 @@ def test_pairs_of_one_prompt_read_it_together_and_score_as_apart(judge, config):
         assert one.prob_a == pytest.approx(other.prob_a, abs=1e-6)
 
 
-def test_equal_choices_are_refused(config, tmp_path):
-    path = tmp_path / "same.yaml"
-    path.write_text(
-        'instruction: ""\ncomparison: "{prompt}{response_1}{response_2}"\nverdict: ""\n'
-        'choices: ["1", "1"]\nexamples: []\n'
-    )
-    with pytest.raises(UserError, match="both choices are the same tokens"):
-        judge_with(config, template=str(path))
-
-
 def test_a_preamble_that_fills_the_context_is_refused(config):
     with pytest.raises(UserError, match=r"judge\.max_length=20"):
         judge_with(config, max_length=20)
