@@ -1,4 +1,5 @@
 # ruff: noqa: E402  (settings come before what reads them)
+import gc
 import os
 import pathlib
 import subprocess
@@ -59,6 +60,15 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return _no_skip_in_ci((yield))
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory(request):
+    """Programs of a whole run with the real judge take gigabytes, and no later test needs them in memory."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
