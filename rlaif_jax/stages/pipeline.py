@@ -48,8 +48,6 @@ _OPERATIONAL = (
     "refill",
     "chunk",
 )
-# What a finished stage leaves last; one whose file is gone is not finished.
-_LAST = {"label": "preferences.parquet", "reward_model": "normalisation.json", "eval": "results.json"}
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -116,7 +114,9 @@ def is_done(run: Run, name: str) -> bool:
     record = run.record(name)
     if not record.exists() or not _read_record(record)["done"]:
         return False
-    return name not in _LAST or (run.folder(name) / _LAST[name]).exists()
+    # A label file that was deleted is put together again from the shards that it was made of.
+    folder = run.folder(name)
+    return not any(folder.glob("shards/*")) or (folder / "preferences.parquet").exists()
 
 
 def _read_record(record: epath.Path) -> dict:
