@@ -56,10 +56,6 @@ def open_folder(workdir: str) -> epath.Path:
     folder = epath.Path(workdir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={workdir} is a file, not a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} can't be made: {error.strerror}") from error
     return folder
 
 
