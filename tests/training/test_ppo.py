@@ -81,9 +81,9 @@ def policy_sums(params, rollout):
     return policy_loss(params, rollout, LANGUAGE, CONFIG)
 
 
-def test_the_kl_to_the_reference_is_exactly_zero_at_the_start(rolled_out):
+def test_the_kl_to_the_reference_is_zero_at_the_start_up_to_rounding(rolled_out):
     _, _, metrics = rolled_out
-    assert metrics["kl/k1"] == metrics["kl/k3"] == metrics["kl/sequence"] == 0
+    assert max(abs(float(metrics[name])) for name in ("kl/k1", "kl/k3", "kl/sequence")) < 1e-6
 
 
 def test_the_kl_to_another_reference_is_not(state, samples):
