@@ -7,8 +7,6 @@ Both give the same replies. Their lengths follow a geometric distribution: a ran
 reply, and tokens are drawn at a high temperature.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,17 +64,11 @@ def main() -> None:
 
     replies, lengths = continuous(), static()
     assert [len(replies[row].tokens) for row in range(options.replies)] == lengths, "the replies differ"
-    static_times = []
     with watch() as watched:
-        times = []
-        for _ in range(options.runs):
-            times += alternate(continuous, None, 1)[0]
-            began = time.perf_counter()
-            static()
-            static_times.append(time.perf_counter() - began)
+        continuous_seconds, static_seconds = alternate(options.runs, continuous, static)
     more = {"peer_is": "our own static batches", "mean_length": float(np.mean(lengths)), "longest": max(lengths)}
     name = f"continuous batching, {options.replies} replies in {options.slots} slots, {options.shape} {options.dtype}"
-    report(name, "tokens", sum(lengths), times, static_times, watched, **more)
+    report(name, "tokens", sum(lengths), continuous_seconds, static_seconds, watched, **more)
 
 
 if __name__ == "__main__":

@@ -88,23 +88,40 @@ def load(shape: str, dtype: str) -> tuple[LanguageModel, dict, Placement]:
     return model, place_parameters(model, gguf.load_parameters(reader), placement), placement
 
 
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large product of two matrices on one device, the median of ten."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a: a @ a)
-    return 2 * size**3 / float(np.median(seconds_of(lambda: jax.block_until_ready(product(a)), 10)))
+def matrix_products(dtype: str) -> tuple[Callable[[], object], float]:
+    """A run of large products of two matrices on one device, to hold a benchmark against, and its FLOPs."""
+    size, count = (2048, 5) if jax.default_backend() == "cpu" else (8192, 20)
+    a = jnp.full((size, size), 1 / size, dtype)  # whose square is itself
+
+    @jax.jit
+    def multiply(a):
+        return jax.lax.fori_loop(0, count, lambda _, product: product @ a, a)
+
+    jax.block_until_ready(multiply(a))
+    return lambda: jax.block_until_ready(multiply(a)), 2.0 * count * size**3
 
 
-def seconds_of(run: Callable[[], object], runs: int) -> list[float]:
-    """Wall time of each run, after one that is not counted."""
-    run()
-    times = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return times
+def compute_bound(flops: float, ours: list[float], product_flops: float, products: list[float]) -> dict[str, float]:
+    """How near our runs, of so many FLOPs, come to the rate of the matrix products run in turn with them."""
+    rates = product_flops / np.array(products)
+    found = {
+        "share_of_matmul_rate": float(np.median(flops / np.array(ours) / rates)),
+        "matmul_gflops": float(np.median(rates) / 1e9),
+    }
+    peak, _ = SPECIFIED.get(jax.devices()[0].device_kind, (None, None))
+    return found | ({} if peak is None else {"mfu": flops / float(np.median(ours)) / peak / jax.device_count()})
+
+
+# bfloat16 FLOP/s without sparsity and bytes/s of memory, from the vendors' data sheets.
+SPECIFIED = {
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12),
+    "TPU v4": (275e12, 1.2e12),
+    "TPU v5 lite": (197e12, 0.819e12),
+    "TPU v5": (459e12, 2.765e12),
+    "TPU v6 lite": (918e12, 1.64e12),
+}
 
 
 class Peer:
@@ -115,12 +132,12 @@ class Peer:
         command = [_peer_python(options), str(ROOT / "benchmarks" / "peers" / script)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._send(weights)
-        self.ready = self._receive()
+        self.answer = self.ready = self._receive()
 
-    def run(self, **request) -> dict:
-        """One run: `seconds` and what else the script returns."""
-        self._send(request)
-        return self._receive()
+    def __call__(self) -> None:
+        """One run; what the script returns is kept as `answer`."""
+        self._send({})
+        self.answer = self._receive()
 
     def _send(self, message: dict) -> None:
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -136,6 +153,13 @@ class Peer:
         """Ends the process."""
         self.process.stdin.close()
         self.process.wait()
+
+
+def start_peer(options: argparse.Namespace, request: dict) -> Peer | None:
+    """The peer, unless it is not wanted or has no model of this shape."""
+    if options.no_peer or options.shape != "135m":
+        return None
+    return Peer(options, "transformers_peer.py", request)
 
 
 def _peer_python(options: argparse.Namespace) -> str:
@@ -210,25 +234,28 @@ def _name(pid: int) -> str:
     return "ended"
 
 
-def alternate(ours: Callable[[], object], peer: Peer | None, runs: int) -> tuple[list[float], list[dict]]:
-    """Runs both in turn, so that a machine that gets slower does so for both: our times, and the peer's answers."""
-    times, answers = [], []
+def alternate(runs: int, *contestants: Callable[[], object] | None) -> list[list[float]]:
+    """Seconds of each run of each contestant, run in turn, so that a machine that gets slower does so for all."""
+    times: list[list[float]] = [[] for _ in contestants]
     for _ in range(runs):
-        began = time.perf_counter()
-        ours()
-        times.append(time.perf_counter() - began)
-        if peer:
-            answers.append(peer.run())
-    return times, answers
+        for run, seconds in zip(contestants, times, strict=True):
+            if run is not None:
+                began = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - began)
+    return times
 
 
 def report(task: str, unit: str, work: float, ours: list[float], peer: list[float], watched: Watch, **more) -> None:
-    """Prints a line. ours and peer: seconds of each run; work: what one run does, in `unit`."""
+    """Prints a line. ours and peer: seconds of each run; work: what one run does, in `unit`.
+
+    The ratio is the median of those of the rounds, in each of which both ran on the same machine at the same time.
+    """
     line = {"task": task, "unit": f"{unit}/s", "ours": work / float(np.median(ours)), "ours_runs": rates(work, ours)}
     share, name = watched.busiest()
     if peer:
         line |= {"peer": work / float(np.median(peer)), "peer_runs": rates(work, peer)}
-        line["ratio"] = float(np.median(peer) / np.median(ours)) if share <= BUSY else None
+        line["ratio"] = float(np.median(np.array(peer) / np.array(ours))) if share <= BUSY else None
     if share > BUSY:
         line["no_ratio_because"] = f"{name} used {share:.0%} of a core"
     line |= {"device": jax.devices()[0].device_kind, "compilations": len(_COMPILED)}

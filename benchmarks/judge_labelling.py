@@ -14,7 +14,7 @@ import tempfile
 import jax
 import numpy as np
 import yaml
-from harness import WEIGHTS, Peer, alternate, parser, report, watch
+from harness import WEIGHTS, alternate, parser, report, start_peer, watch
 
 from configs import quickstart
 from rlaif_jax.config import parse
@@ -100,17 +100,17 @@ def main() -> None:
         for way, prefix_cache in (("plain", False), ("prefix cache", True)):
             request = {"task": "judge", "tokenizer": folder, "prompts": prompts, "choices": TEMPLATE["choices"]}
             request |= {"batch": options.batch, "prefix_cache": prefix_cache}
-            peer = None if options.no_peer else Peer(options, "transformers_peer.py", request)
+            peer = start_peer(options, request)
             with watch(peer) as watched:
-                times, told = alternate(ours, peer, options.runs)
+                ours_seconds, peer_seconds = alternate(options.runs, ours, peer)
             more = counts(judge, answers, pairs)
             if peer:
-                theirs = np.array(told[-1]["logprobs"]).reshape(answers.logprobs.shape)
+                theirs = np.array(peer.answer["logprobs"]).reshape(answers.logprobs.shape)
                 more["max_logprob_difference"] = float(np.abs(answers.logprobs - theirs).max())
-                more["peer_shared_tokens"] = told[-1]["shared_tokens"]
+                more["peer_shared_tokens"] = peer.answer["shared_tokens"]
                 peer.close()
             name = f"labelling {options.pairs} pairs, peer: {way}, {options.dtype}"
-            report(name, "tokens", int(answers.lengths.sum()), times, [x["seconds"] for x in told], watched, **more)
+            report(name, "tokens", int(answers.lengths.sum()), ours_seconds, peer_seconds, watched, **more)
             if options.no_peer:
                 break
 

@@ -8,7 +8,7 @@ The log-probs that the sampler returns are compared with those of a full forward
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Peer, alternate, load, parser, report, watch
+from harness import SPECIFIED, alternate, load, parser, report, start_peer, watch
 
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
 from rlaif_jax.sampling.distribution import SamplingConfig
@@ -53,20 +53,23 @@ def main() -> None:
     difference = float(jnp.max(jnp.abs(exact - samples.logprobs)))
     bytes_read = sum(x.nbytes for x in jax.tree.leaves(decoding))
     del parameters
-    request = {"task": "sample", "tokens": tokens.tolist(), "new": options.new}
-    peer = None if options.no_peer or options.shape != "135m" else Peer(options, "transformers_peer.py", request)
+    peer = start_peer(options, {"task": "sample", "tokens": tokens.tolist(), "new": options.new})
     with watch(peer) as watched:
-        times, answers = alternate(ours, peer, options.runs)
+        ours_seconds, peer_seconds = alternate(options.runs, ours, peer)
     if peer:
         peer.close()
     work = options.batch * options.new
     name = f"sampling {options.batch} x ({options.prompt} -> {options.new}), {options.shape} {options.dtype}"
+    bandwidth = bytes_read * options.new / float(np.median(ours_seconds))
     more = {
         "max_logprob_difference_to_full_forward": difference,
-        "gigabytes_of_weights_a_second": bytes_read * options.new / float(np.median(times)) / 1e9,
+        "gigabytes_of_weights_a_second": bandwidth / 1e9,
         "cache_dtype": options.cache_dtype or options.dtype,
     }
-    report(name, "tokens", work, times, [answer["seconds"] for answer in answers], watched, **more)
+    _, specified = SPECIFIED.get(jax.devices()[0].device_kind, (None, None))
+    if specified is not None:
+        more["share_of_specified_bandwidth"] = bandwidth / specified
+    report(name, "tokens", work, ours_seconds, peer_seconds, watched, **more)
 
 
 if __name__ == "__main__":

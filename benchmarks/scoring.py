@@ -5,7 +5,7 @@ python benchmarks/scoring.py
 
 import jax
 import numpy as np
-from harness import Peer, alternate, load, matmul_rate, parser, report, watch
+from harness import alternate, compute_bound, load, matrix_products, parser, report, start_peer, watch
 
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import unembedding
@@ -32,24 +32,23 @@ def main() -> None:
         return jax.block_until_ready(forward(parameters))
 
     ours()
-    request = {"task": "score", "tokens": tokens.tolist()}
-    peer = None if options.no_peer or options.shape != "135m" else Peer(options, "transformers_peer.py", request)
+    peer = start_peer(options, {"task": "score", "tokens": tokens.tolist()})
+    products, product_flops = matrix_products(options.dtype)
     with watch(peer) as watched:
-        times, answers = alternate(ours, peer, options.runs)
-        rate = matmul_rate(options.dtype)
+        ours_seconds, peer_seconds, product_seconds = alternate(options.runs, ours, peer, products)
     work = options.batch * options.length
     weights = sum(x.size for x in jax.tree.leaves(parameters)) - config.vocab_size * config.hidden_size
     # Two FLOPs a weight and token, attention to the tokens before (half of them on average), and the last logits.
     flops = 2 * weights * work + 2 * work * options.length * config.num_hidden_layers * (
         config.num_attention_heads * config.head_dim
     )
-    more = {"share_of_matmul_rate": flops / float(np.median(times)) / rate, "matmul_gflops": rate / 1e9}
+    more = compute_bound(flops, ours_seconds, product_flops, product_seconds)
     if peer:
         found = np.asarray(forward(parameters))[:, :100]
-        more["max_logprob_difference"] = float(np.abs(found - np.array(answers[-1]["logprobs"])).max())
+        more["max_logprob_difference"] = float(np.abs(found - np.array(peer.answer["logprobs"])).max())
         peer.close()
     name = f"scoring {options.batch} x {options.length}, {options.shape} {options.dtype}"
-    report(name, "tokens", work, times, [answer["seconds"] for answer in answers], watched, **more)
+    report(name, "tokens", work, ours_seconds, peer_seconds, watched, **more)
 
 
 if __name__ == "__main__":

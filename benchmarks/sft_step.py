@@ -8,7 +8,7 @@ import functools
 import jax
 import numpy as np
 import optax
-from harness import Peer, alternate, load, matmul_rate, parser, report, watch
+from harness import alternate, compute_bound, load, matrix_products, parser, report, start_peer, watch
 
 from rlaif_jax.data.packing import PackedRows
 from rlaif_jax.stages.sft import sft_loss
@@ -38,22 +38,20 @@ def main() -> None:
         losses.append(float(jax.block_until_ready((state, metrics))[1]["loss"]))
 
     ours()
-    request = {"task": "sft", "tokens": tokens.tolist()}
-    peer = None if options.no_peer or options.shape != "135m" else Peer(options, "transformers_peer.py", request)
+    peer = start_peer(options, {"task": "sft", "tokens": tokens.tolist()})
+    products, product_flops = matrix_products(options.dtype)
     with watch(peer) as watched:
-        times, answers = alternate(ours, peer, options.runs)
-        rate = matmul_rate(options.dtype)
+        ours_seconds, peer_seconds, product_seconds = alternate(options.runs, ours, peer, products)
     work = options.batch * options.length
     size = sum(x.size for x in jax.tree.leaves(state.params))
     # Six FLOPs a weight and token (the tied embedding counts once, as the output), and causal attention thrice.
     attention = 2 * options.length * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    flops = (6 * size + 3 * attention) * work
-    more = {"share_of_matmul_rate": flops / float(np.median(times)) / rate, "matmul_gflops": rate / 1e9}
+    more = compute_bound((6 * size + 3 * attention) * work, ours_seconds, product_flops, product_seconds)
     if peer:
         more |= {"first_loss": losses[0], "peer_first_loss": peer.ready["warm_up"]["loss"]}
         peer.close()
     name = f"sft step {options.batch} x {options.length}, {options.shape} {options.dtype}"
-    report(name, "tokens", work, times, [answer["seconds"] for answer in answers], watched, **more)
+    report(name, "tokens", work, ours_seconds, peer_seconds, watched, **more)
 
 
 if __name__ == "__main__":

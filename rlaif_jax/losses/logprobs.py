@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-LOGITS_BYTES = 1 << 27  # of float32 logits that may exist at a time on each device
+LOGITS_BYTES = 1 << 28  # of float32 logits that may exist at a time on each device
 
 
 def token_logprobs(
@@ -20,7 +20,7 @@ def token_logprobs(
       targets: [batch, length] int32.
       temperature: the sampling temperature, so that the log-probs are those of the distribution sampled from.
       chunk: positions whose logits exist at a time, by default what `LOGITS_BYTES` allows. The backward pass, which is
-        exact, computes them again, so that logits of the whole length never exist.
+        exact, computes them again, so that logits of a longer length never exist; those of a single chunk are kept.
 
     Returns (logprobs, entropy), each [batch, length] float32; entropy in nats.
     """
@@ -47,9 +47,13 @@ def _token_logprobs(hidden, unembedding, targets, temperature: float, chunk: int
 
 
 def _forward(hidden, unembedding, targets, temperature: float, chunk: int):
+    # A single chunk is needed again at once, as a rule: keeping it costs no memory at the peak.
+    kept = _logits(hidden, unembedding, temperature) if chunk == hidden.shape[1] else None
+
     def one(chunks):
-        hidden, targets = chunks
-        logits = _logits(hidden, unembedding, temperature)
+        hidden, targets, logits = chunks
+        if logits is None:
+            logits = _logits(hidden, unembedding, temperature)
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = jnp.sum(weights, axis=-1)
@@ -58,8 +62,8 @@ def _forward(hidden, unembedding, targets, temperature: float, chunk: int):
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - log_sum, log_sum - mean, log_sum
 
-    logprobs, entropy, log_sum = _over_chunks(one, (hidden, targets), chunk)
-    return (logprobs, entropy), (hidden, unembedding, targets, log_sum, entropy)
+    logprobs, entropy, log_sum = _over_chunks(one, (hidden, targets, kept), chunk)
+    return (logprobs, entropy), (hidden, unembedding, targets, log_sum, entropy, kept)
 
 
 def _backward(temperature: float, chunk: int, residuals, cotangents):
@@ -67,8 +71,10 @@ def _backward(temperature: float, chunk: int, residuals, cotangents):
     hidden, unembedding, *rest = residuals
 
     def one(gradient, chunks):
-        hidden, targets, log_sum, entropy, for_logprob, for_entropy = chunks
-        log_probs = _logits(hidden, unembedding, temperature) - log_sum[..., None]
+        hidden, targets, log_sum, entropy, logits, for_logprob, for_entropy = chunks
+        if logits is None:
+            logits = _logits(hidden, unembedding, temperature)
+        log_probs = logits - log_sum[..., None]
         slope = for_logprob[..., None] + for_entropy[..., None] * (log_probs + entropy[..., None])
         at_target = jnp.arange(log_probs.shape[-1]) == targets[..., None]
         for_logits = jnp.where(at_target, for_logprob[..., None], 0.0) - jnp.exp(log_probs) * slope

@@ -10,6 +10,7 @@ from rlaif_jax.parallel.mesh import RULES, partition_spec
 
 MASKED = -1e30  # finite, so that a query with nothing to attend to gives no NaN
 IMPLEMENTATIONS = ("auto", "plain", "cudnn", "splash")
+OUTPUT_NAME = "attention_output"  # of what the backward pass may keep, see jax.ad_checkpoint.checkpoint_name
 _PARTS, _SHORTEST_IN_PARTS = 4, 128  # measured on a CPU at lengths of 64 to 1,024
 _SPLASH_SIZES = (512, 256, 128)  # tiles; the kernel takes lengths that one of them divides
 
@@ -139,6 +140,7 @@ def _splash_rows(query, key, value, segment_ids):
         block_sizes=splash_attention_kernel.BlockSizes(*[size] * 8),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=OUTPUT_NAME,
         interpret=jax.default_backend() != "tpu",
     )
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from rlaif_jax.models.attention import OUTPUT_NAME, attend
 from rlaif_jax.models.attention import Block as Keys
-from rlaif_jax.models.attention import attend
 from rlaif_jax.models.cache import KVCache, LayerCache, append
 from rlaif_jax.parallel.mesh import constrain
 
@@ -127,11 +128,25 @@ class Layer(nn.Module):
         blocks = [Keys(own.key, own.value, context.mask, *scales, context.segment_ids, causal=cache is None)]
         for prefix, mask in zip(prefixes, context.prefix_masks, strict=True):
             blocks.append(Keys(prefix.key, prefix.value, mask, prefix.key_scale, prefix.value_scale))
-        x = x + project(attend(query, blocks, c.attention), w_output, contracted=2)
+        attended = checkpoint_name(attend(query, blocks, c.attention), OUTPUT_NAME)
+        x = x + project(attended, w_output, contracted=2)
 
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         x = x + project(jax.nn.silu(project(h, w_gate)) * project(h, w_up), w_down)
         return constrain(x, "batch", None, None), own if self.keep_keys else None
+
+
+def _keep_products(primitive, *operands, **parameters) -> bool:
+    """What is kept for the backward pass: products with weights and attention's outputs. The rest is cheap to compute
+    again; on a CPU, writing it out took longer than that, and half of a step's memory."""
+    fused_attention = primitive.name.startswith("dot_product_attention_fwd")
+    return fused_attention or _PRODUCTS(primitive, *operands, **parameters)
+
+
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
+)
 
 
 class Decoder(nn.Module):
@@ -178,7 +193,8 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
         embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
         x = constrain(embedding.astype(c.dtype)[tokens], "batch", None, None)
-        layer = nn.remat(Layer, prevent_cse=not self.scan_layers) if c.remat else Layer
+        policy = None if c.remat else _keep_products
+        layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=policy)
         prefixed = tuple(prefix.layers for prefix in prefixes)
         if self.scan_layers:
             scanned = nn.scan(

@@ -21,15 +21,14 @@ def train_step(
     A parameter that is not finite shows in `param_norm`, so that it is never saved.
     """
 
-    def summed(params):
+    def mean(params):
         total, weight, sums = loss(params, batch)
-        return total, (weight, sums)
+        weight = jnp.maximum(weight, 1.0)
+        return total / weight, {name: value / weight for name, value in sums.items()}
 
-    (total, (weight, sums)), grads = jax.value_and_grad(summed, has_aux=True)(state.params)
-    weight = jnp.maximum(weight, 1.0)
-    grads = jax.tree.map(lambda g: g / weight, grads)
+    (value, metrics), grads = jax.value_and_grad(mean, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {name: value / weight for name, value in sums.items()}
-    params = optax.apply_updates(state.params, updates)
+    # Without the barrier, XLA computes the parameters a second time, and writes out their squares, for their norm.
+    params = jax.lax.optimization_barrier(optax.apply_updates(state.params, updates))
     norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
-    return TrainState(state.step + 1, params, opt_state), metrics | norms | {"loss": total / weight}
+    return TrainState(state.step + 1, params, opt_state), metrics | norms | {"loss": value}
