@@ -98,6 +98,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         source="ai",
         pairs=192,
         sampling=sampling(temperature=1.0),
+        commit_every=64,  # replies written down at a time
     )
     config.reward_model = group(
         steps=60,
@@ -129,6 +130,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     )
     config.evaluation = group(
         sampling=sampling(temperature=1.0),
+        commit_every=64,
         batch_size=64,
         bootstrap_samples=2000,
         shown_samples=4,

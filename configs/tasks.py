@@ -72,6 +72,7 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     config.judge.pairs_per_tree = 4
     config.judge.rationale.sampler.update(slots=128, refill=16)
     config.judge.shard_size = 512
+    config.label.commit_every = config.evaluation.commit_every = 1024
     config.sft = group(
         steps=900,
         batch_size=64,  # rows of about two examples: 128 examples a step

@@ -55,6 +55,7 @@ class LabelConfig:
     source: str  # "ai" or "human" (data.comparisons)
     pairs: int
     sampling: SamplingConfig
+    commit_every: int  # replies written down at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ class EvaluationConfig:
     """Evaluation on held-out prompts."""
 
     sampling: SamplingConfig
+    commit_every: int  # replies written down at a time
     batch_size: int  # responses scored at a time
     bootstrap_samples: int  # resamplings behind each confidence interval
     shown_samples: int  # prompts shown side by side at the end
@@ -206,7 +208,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "positive",
         lambda x: x > 0,
     ),
-    ("policy.max_*_length judge.shard_size judge.batch_tokens judge.pairs_per_tree", "positive", lambda x: x > 0),
+    (
+        "policy.max_*_length *.commit_every judge.shard_size judge.batch_tokens judge.pairs_per_tree",
+        "positive",
+        lambda x: x > 0,
+    ),
     ("*.buckets *.prompt_buckets *.bucket_multiple *.max_new_tokens", "positive", lambda x: x > 0),
     ("*.temperature *.top_k", "0 or more", lambda x: x >= 0),
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),

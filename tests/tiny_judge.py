@@ -63,6 +63,8 @@ def tiny_run_flags(judge: str, workdir) -> list[str]:
     overrides = {
         "judge.weights": judge,
         "judge.shard_size": 4,
+        "label.commit_every": 4,
+        "evaluation.commit_every": 4,
         "judge.batch_tokens": 512,
         "judge.buckets": 2,
         "sampler.slots": 8,

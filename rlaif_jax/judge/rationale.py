@@ -85,7 +85,7 @@ def reason(
         asked=jax.device_put(np.array(verdict.asked_token, np.int32), sampler.placement.whole),
         eos=sampler.stopping.eos_token_ids,
     )
-    for row, reply in sample(sampler, prompts, reasoner.key, row_ids, conclude):
+    for row, reply in sample(sampler, prompts, reasoner.key, row_ids, conclude=conclude):
         text = reasoner.tokenizer.decode(reply.tokens, skip_special_tokens=True)
         scores = sum_by_choice(reply.conclusion, 1, reasoner.choices)[0]
         yield row, (cut(text, reasoner.reasoning.stop), scores)

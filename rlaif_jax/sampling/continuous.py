@@ -6,7 +6,7 @@ The host looks in every `chunk` tokens; in between, everything happens in one co
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -81,19 +81,20 @@ def sample(
     prompts: Sequence[Sequence[int]],
     key: jax.Array,
     row_ids: Sequence[int],
+    done: Collection[int] = (),
     conclude: Callable[[Slots], jax.Array] | None = None,
 ) -> Iterator[tuple[int, Reply]]:
     """Samples replies; yields (row, reply) as they finish.
 
     As many consecutive rows as there are row ids for each prompt reply to it, which is then read once. A reply depends
-    on its prompt, on the key and on its row's id alone. `conclude` looks at the slots when replies have finished, and
-    returns [slots, ...].
+    on its prompt, on the key and on its row's id alone. Prompts numbered in `done` are left out. `conclude` looks at
+    the slots when replies have finished, and returns [slots, ...].
     """
     if not prompts:
         return
     config, copies = sampler.config, len(row_ids) // len(prompts)
     buckets = length_buckets([len(prompt) for prompt in prompts], config.prompt_buckets, config.bucket_multiple)
-    queue = collections.deque(range(len(prompts)))
+    queue = collections.deque(i for i in range(len(prompts)) if i not in done)
     occupants: dict[int, int] = {}  # slot -> the row whose reply it makes
     slots = _empty(sampler, buckets[-1])
     read = max(min(config.refill, config.slots // copies), 1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+from etils import epath
 
 from rlaif_jax.evaluation.statistics import Figure, distinct_2, jackknife_ci, mean_ci, most_common_share
 from rlaif_jax.files import read_parquet, write_json, write_parquet
@@ -14,10 +15,10 @@ from rlaif_jax.judge import store
 from rlaif_jax.judge.score import Judge, Pair, load_judge
 from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
-from rlaif_jax.progress import progress
 from rlaif_jax.stages.label import agreement, ground_truth_agreement
+from rlaif_jax.stages.replies import keep_replies, padded_batches
 from rlaif_jax.stages.reward_model import centred_params, score_texts
-from rlaif_jax.stages.run import Run, padded_batches, sample_replies
+from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences, response_logprobs, response_rewards
 
 POLICIES = ("sft", "rl")
@@ -32,6 +33,8 @@ def run_evaluation(run: Run) -> None:
     folder, prompts = run.folder("eval"), run.data("evaluation_prompts")
     if not (folder / "samples.parquet").exists():
         write_parquet(folder / "samples.parquet", _sample(run, prompts["prompt"]))
+    for name in POLICIES:
+        _shards(run, name).rmtree(missing_ok=True)
     samples = read_parquet(folder / "samples.parquet").to_pydict()
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
     pairs = list(map(Pair, samples["prompt"], samples["rl"], samples["sft"]))
@@ -49,20 +52,26 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     params = {name: run.trained_params(name, model) for name in POLICIES}
     reward_params, config = centred_params(run), run.config.evaluation
     columns: dict[str, list] = {"prompt": prompts}
-    with progress(None, "eval samples", total=len(POLICIES) * len(prompts), unit="sample") as bar:
-        for name in POLICIES:
-            # One key for all policies: what they differ in is then their own doing, not the luck of the draw.
-            replies = sample_replies(run, params[name], prompts, 1, run.key("eval"), config.sampling, bar.update)
-            columns[name] = replies.texts
-            numbers = []
-            for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
-                measured = _measure(
-                    model, scalar_model, params[name], params["sft"], reward_params, batch, config.sampling.temperature
-                )
-                numbers.append(np.stack([np.asarray(x, float) for x in measured])[:, :rows])
-            for column, values in zip(("reward", "kl", "length"), np.concatenate(numbers, axis=1), strict=True):
-                columns[f"{column}/{name}"] = values.tolist()
+    for name in POLICIES:
+        # One key for all policies: what they differ in is then their own doing, not the luck of the draw.
+        replies = keep_replies(
+            run, params[name], prompts, 1, run.key("eval"), config.sampling, _shards(run, name), config.commit_every
+        )
+        columns[name] = replies.texts
+        numbers = []
+        for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
+            measured = _measure(
+                model, scalar_model, params[name], params["sft"], reward_params, batch, config.sampling.temperature
+            )
+            numbers.append(np.stack([np.asarray(x, float) for x in measured])[:, :rows])
+        for column, values in zip(("reward", "kl", "length"), np.concatenate(numbers, axis=1), strict=True):
+            columns[f"{column}/{name}"] = values.tolist()
     return pa.table(columns)
+
+
+def _shards(run: Run, policy: str) -> epath.Path:
+    """Where a policy's replies are kept until all are there."""
+    return run.folder("eval") / f"replies_{policy}"
 
 
 @functools.partial(jax.jit, static_argnames=("model", "scalar_model", "temperature"))

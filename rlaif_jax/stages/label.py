@@ -9,8 +9,8 @@ from rlaif_jax.evaluation.statistics import mean_ci
 from rlaif_jax.files import read_parquet, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import Pair, load_judge
-from rlaif_jax.progress import progress
-from rlaif_jax.stages.run import Run, sample_replies, shuffled_batches
+from rlaif_jax.stages.replies import keep_replies
+from rlaif_jax.stages.run import Run, shuffled_batches
 
 
 def run_label(run: Run) -> None:
@@ -21,7 +21,8 @@ def run_label(run: Run) -> None:
         _human_labels(run, candidates)
         return
     if not candidates.exists():
-        write_parquet(candidates, _sample_candidates(run))
+        write_parquet(candidates, _sample_candidates(run, folder / "candidates"))
+    (folder / "candidates").rmtree(missing_ok=True)  # the shards of what the file now has
     pairs = [Pair(row["prompt"], row["response_a"], row["response_b"]) for row in read_parquet(candidates).to_pylist()]
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
     table = store.label(judge, pairs, folder, "label")
@@ -41,13 +42,12 @@ def _human_labels(run: Run, candidates: epath.Path) -> None:
     write_json(candidates.parent / "manifest.json", manifest)
 
 
-def _sample_candidates(run: Run) -> pa.Table:
+def _sample_candidates(run: Run, shards: epath.Path) -> pa.Table:
     """Two responses to each of `label.pairs` training prompts, drawn in shuffled epochs, and whether each ended."""
     config, drawn = run.config.label, shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("label"))
     prompts = [drawn[i][0] for i in range(config.pairs)]
     params = run.trained_params("sft", run.language_model())
-    with progress(None, "candidates", total=2 * len(prompts), unit="sample") as bar:
-        replies = sample_replies(run, params, prompts, 2, run.key("candidates"), config.sampling, bar.update)
+    replies = keep_replies(run, params, prompts, 2, run.key("candidates"), config.sampling, shards, config.commit_every)
     columns: dict[str, list] = {"prompt": prompts}
     for i, name in enumerate("ab"):
         columns |= {f"response_{name}": replies.texts[i::2], f"ended_{name}": replies.ended[i::2]}

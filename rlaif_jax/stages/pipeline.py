@@ -37,6 +37,7 @@ _PARTS = {
 # Fields that change how a stage runs, not what it computes (beyond rounding).
 _OPERATIONAL = (
     "checkpoint_every",
+    "commit_every",
     "keep_best",
     "evaluation.shown_samples",
     "judge.batch_tokens",
@@ -48,6 +49,10 @@ _OPERATIONAL = (
     "refill",
     "chunk",
 )
+
+
+# The files that bind a stage to the config that it was begun with.
+_KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "replies_*/*.parquet")
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -129,7 +134,7 @@ def _read_record(record: epath.Path) -> dict:
 def _check_config(run: Run, name: str) -> None:
     folder, record = run.folder(name), run.record(name)
     # A stage that stopped before it kept anything binds nobody.
-    kept = any(folder.glob("checkpoints/checksums/*")) or any(folder.glob("*.parquet"))
+    kept = any(file for pattern in _KEPT for file in folder.glob(pattern))
     if not record.exists() or not kept:
         return
     before, now = _read_record(record)["config"], stage_inputs(run, name)

@@ -18,7 +18,8 @@ from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
-from rlaif_jax.stages.run import Run, padded_batches, shuffled_batches
+from rlaif_jax.stages.replies import padded_batches
+from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.sequences import Sequences, response_rewards

@@ -7,8 +7,8 @@ import secrets
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain.python as grain
 import jax
@@ -18,19 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.config import Config, check, check_decoder, flatten
 from rlaif_jax.data import embedded, tokenizers
-from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import Placement, abstract_parameters, decoding_model, decoding_parameters
+from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
-from rlaif_jax.parallel.mesh import make_mesh, shard_batch
-from rlaif_jax.sampling.continuous import Sampler, sample
-from rlaif_jax.sampling.distribution import SamplingConfig
-from rlaif_jax.sampling.stopping import make_stopping
+from rlaif_jax.parallel.mesh import make_mesh
 from rlaif_jax.stages.folders import cell_stages
 from rlaif_jax.training.checkpoints import restore_params
-from rlaif_jax.training.sequences import Sequences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "gguf")
 
@@ -176,55 +171,3 @@ def shuffled_batches(source: Sequence, batch_size: int, seed: int) -> grain.MapD
     if len(source) < batch_size:
         raise UserError(f"{len(source)} examples are fewer than a batch of {batch_size}")
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)
-
-
-class Replies(NamedTuple):
-    """What a policy replied, one entry a row."""
-
-    texts: list[str]
-    ended: list[bool]  # by an end of sequence; the others reached the limit
-    sequences: Sequences  # of host arrays
-
-
-def sample_replies(
-    run: Run,
-    params,
-    prompts: Sequence[str],
-    copies: int,
-    key: jax.Array,
-    sampling: SamplingConfig,
-    on_reply: Callable[[], object] = lambda: None,
-) -> Replies:
-    """`copies` replies to each prompt, one after another; row i's randomness is `key` and i."""
-    tokenizer, model, limit = run.tokenizer(), run.language_model(), run.config.policy.max_response_length
-    sampler = Sampler(
-        decoding_model(model),
-        decoding_parameters(model, params, run.placement),
-        run.placement,
-        make_stopping(tokenizer),
-        sampling,
-        limit,
-        run.config.sampler,
-    )
-    prompt_array, prompt_mask = encode_prompts(tokenizer, prompts, run.config.policy.max_prompt_length)
-    rows = [row[mask].tolist() for row, mask in zip(prompt_array, prompt_mask, strict=True)]
-    total = copies * len(prompts)
-    texts, ended = [""] * total, [False] * total
-    tokens, mask = np.zeros((total, limit), np.int32), np.zeros((total, limit), bool)
-    for row, reply in sample(sampler, rows, key, range(total)):
-        tokens[row, : len(reply.tokens)], mask[row, : len(reply.tokens)] = reply.tokens, True
-        ended[row] = reply.ended
-        (texts[row],) = decode_responses(tokenizer, tokens[row : row + 1], mask[row : row + 1])
-        on_reply()
-    prompt_array, prompt_mask = (np.repeat(x, copies, axis=0) for x in (prompt_array, prompt_mask))
-    return Replies(texts, ended, Sequences(prompt_array, prompt_mask, tokens, mask))
-
-
-def padded_batches(sequences: Sequences, batch_size: int, placement: Placement) -> Iterator[tuple[int, Sequences]]:
-    """Host arrays in device batches of one size, the last filled up with its first row. Yields (rows, batch)."""
-    total = len(sequences.prompts)
-    for start in range(0, total, batch_size):
-        rows = np.arange(start, start + batch_size)
-        source = np.where(rows < total, rows, start)
-        batch = jax.tree.map(lambda x, source=source: np.asarray(x)[source], sequences)
-        yield min(batch_size, total - start), shard_batch(batch, placement.mesh)

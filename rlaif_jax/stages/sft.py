@@ -17,7 +17,8 @@ from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import init_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel, unembedding
 from rlaif_jax.parallel.mesh import shard_batch
-from rlaif_jax.stages.run import Run, sample_replies, shuffled_batches
+from rlaif_jax.stages.replies import sample_replies
+from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.state import TrainState, abstract_state, init_state

@@ -30,5 +30,5 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     # Without the barrier, XLA computes the parameters a second time, and writes out their squares, for their norm.
     params = jax.lax.optimization_barrier(optax.apply_updates(state.params, updates))
-    norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.global_norm(params)}
     return TrainState(state.step + 1, params, opt_state), metrics | norms | {"loss": value}

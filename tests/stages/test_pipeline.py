@@ -9,8 +9,9 @@ from etils import epath
 
 from rlaif_jax.commands import parse_flags
 from rlaif_jax.config import parse
+from rlaif_jax.errors import UserError
 from rlaif_jax.main import main
-from rlaif_jax.stages import rl
+from rlaif_jax.stages import replies, rl
 from rlaif_jax.stages.run import open_run
 from tests.tiny_judge import tiny_run_flags, write_judge
 
@@ -22,6 +23,11 @@ def finished(tmp_path_factory):
     flags = tiny_run_flags(write_judge(folder / "judge.gguf"), folder / "run")
     assert main(["main", *flags]) == 0
     return folder / "run", flags
+
+
+def opened(finished):
+    options = parse_flags(["main", *finished[1]], "", flags.FlagValues())
+    return open_run(parse(options.config.to_dict()), epath.Path(finished[0]))
 
 
 def test_a_run_leaves_the_files_that_users_rely_on(finished):
@@ -181,11 +187,48 @@ def test_an_rl_iteration_moves_nothing_to_or_from_the_device_but_its_prompts(fin
         guarded.append(float(metrics["loss"]))
 
     monkeypatch.setattr(rl, "train", first_two_steps)
-    options = parse_flags(["main", *finished[1]], "", flags.FlagValues())
-    run = open_run(parse(options.config.to_dict()), epath.Path(finished[0]))
+    run = opened(finished)
     with jax.set_mesh(run.placement.mesh):
         rl.run_rl(run)
     assert np.isfinite(guarded).all() and guarded
+
+
+def test_replies_that_were_written_are_not_sampled_again(finished, tmp_path, monkeypatch):
+    run = opened(finished)
+    prompts, write, sampled = run.data("train_prompts")["prompt"][:9], replies.write_checked_parquet, []
+
+    def keep(folder):
+        with jax.set_mesh(run.placement.mesh):
+            params = run.trained_params("sft", run.language_model())
+            sampling = run.config.label.sampling
+            return replies.keep_replies(run, params, prompts, 2, run.key("candidates"), sampling, folder, 4)
+
+    def write_two(folder, stem, table):
+        if stem == "00002":
+            raise KeyboardInterrupt
+        return write(folder, stem, table)
+
+    def counted(*arguments):
+        for row, reply in replies_sample(*arguments):
+            sampled.append(row)
+            yield row, reply
+
+    whole = keep(epath.Path(tmp_path / "whole"))
+    monkeypatch.setattr(replies, "write_checked_parquet", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        keep(epath.Path(tmp_path / "killed"))
+    monkeypatch.setattr(replies, "write_checked_parquet", write)
+    replies_sample = replies.sample
+    monkeypatch.setattr(replies, "sample", counted)
+    resumed = keep(epath.Path(tmp_path / "killed"))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert 10 <= len(sampled) < 18  # 8 were written, of which some may be of prompts that have but one
+    assert not any(path.name.startswith("replies_") for path in (finished[0] / "eval").iterdir())
+
+    shard = next((tmp_path / "killed").glob("00000.*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="its replies alone are sampled again"):
+        keep(epath.Path(tmp_path / "killed"))
 
 
 def test_a_label_file_that_is_gone_is_put_together_again_from_its_shards(finished, capfd):

@@ -1,0 +1,125 @@
+"""Replies of a trained policy, each written down soon after it is whole, so that a kill loses few of them."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from rlaif_jax.data.encoding import decode_responses, encode_prompts
+from rlaif_jax.errors import UserError
+from rlaif_jax.files import read_checked_parquet, write_checked_parquet
+from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters
+from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.progress import progress
+from rlaif_jax.sampling.continuous import Sampler, sample
+from rlaif_jax.sampling.distribution import SamplingConfig
+from rlaif_jax.sampling.stopping import make_stopping
+from rlaif_jax.stages.run import Run
+from rlaif_jax.training.sequences import Sequences
+
+
+class Replies(NamedTuple):
+    """What a policy replied, one entry a row."""
+
+    texts: list[str]
+    ended: list[bool]  # by an end of sequence; the others reached the limit
+    sequences: Sequences  # of host arrays
+
+
+def sample_replies(
+    run: Run, params, prompts: Sequence[str], copies: int, key: jax.Array, sampling: SamplingConfig
+) -> Replies:
+    """`copies` replies to each prompt, one after another; row i's randomness is `key` and i."""
+    rows = dict(_sample(run, params, prompts, copies, key, sampling, frozenset()))
+    return _replies(run, prompts, copies, rows)
+
+
+def keep_replies(
+    run: Run,
+    params,
+    prompts: Sequence[str],
+    copies: int,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    folder: epath.Path,
+    commit_every: int,
+) -> Replies:
+    """As `sample_replies`, written to shards in `folder`, `commit_every` replies a shard; those there are not sampled.
+
+    Raises UserError where a shard is damaged.
+    """
+    rows, fresh, shards = _committed(folder), [], len(list(folder.glob("*.parquet")))
+    done = frozenset(i for i in range(len(prompts)) if all(copies * i + copy in rows for copy in range(copies)))
+    total = copies * len(prompts)
+    with progress(None, folder.name, total=total, initial=copies * len(done), unit="reply") as bar:
+        for row, reply in _sample(run, params, prompts, copies, key, sampling, done):
+            rows[row] = reply
+            fresh.append({"row": row} | reply)
+            bar.update()
+            if len(fresh) == commit_every or len(rows) == total:
+                write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=_SCHEMA))
+                fresh, shards = [], shards + 1
+    return _replies(run, prompts, copies, rows)
+
+
+_SCHEMA = pa.schema(
+    [("row", pa.int32()), ("tokens", pa.list_(pa.int32())), ("text", pa.string()), ("ended", pa.bool_())]
+)
+
+
+def _committed(folder: epath.Path) -> dict[int, dict]:
+    """The replies in the shards of `folder`, by row."""
+    rows = {}
+    for shard in sorted(folder.glob("*.parquet")):
+        try:
+            found = read_checked_parquet(shard).to_pylist()
+        except UserError as error:
+            raise UserError(f"{error}. Delete that file, and its replies alone are sampled again") from error
+        rows |= {row.pop("row"): row for row in found}
+    return rows
+
+
+def _sample(
+    run: Run, params, prompts, copies: int, key: jax.Array, sampling: SamplingConfig, done: frozenset[int]
+) -> Iterator[tuple[int, dict]]:
+    """Yields (row, reply: tokens, text, ended) as they finish, but for the prompts in `done`."""
+    tokenizer, model, limit = run.tokenizer(), run.language_model(), run.config.policy.max_response_length
+    sampler = Sampler(
+        decoding_model(model),
+        decoding_parameters(model, params, run.placement),
+        run.placement,
+        make_stopping(tokenizer),
+        sampling,
+        limit,
+        run.config.sampler,
+    )
+    array, mask = encode_prompts(tokenizer, prompts, run.config.policy.max_prompt_length)
+    encoded = [row[real].tolist() for row, real in zip(array, mask, strict=True)]
+    for row, reply in sample(sampler, encoded, key, range(copies * len(prompts)), done):
+        (text,) = decode_responses(tokenizer, reply.tokens[None], np.ones((1, len(reply.tokens)), bool))
+        yield row, {"tokens": reply.tokens.tolist(), "text": text, "ended": reply.ended}
+
+
+def _replies(run: Run, prompts: Sequence[str], copies: int, rows: dict[int, dict]) -> Replies:
+    ordered, limit = [rows[row] for row in range(copies * len(prompts))], run.config.policy.max_response_length
+    tokens, mask = np.zeros((len(ordered), limit), np.int32), np.zeros((len(ordered), limit), bool)
+    for row, reply in enumerate(ordered):
+        length = len(reply["tokens"])
+        tokens[row, :length], mask[row, :length] = reply["tokens"], True
+    encoded = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length)
+    prompt_array, prompt_mask = (np.repeat(x, copies, axis=0) for x in encoded)
+    texts, ended = ([reply[name] for reply in ordered] for name in ("text", "ended"))
+    return Replies(texts, ended, Sequences(prompt_array, prompt_mask, tokens, mask))
+
+
+def padded_batches(sequences: Sequences, batch_size: int, placement: Placement) -> Iterator[tuple[int, Sequences]]:
+    """Host arrays in device batches of one size, the last filled up with its first row. Yields (rows, batch)."""
+    total = len(sequences.prompts)
+    for start in range(0, total, batch_size):
+        rows = np.arange(start, start + batch_size)
+        source = np.where(rows < total, rows, start)
+        batch = jax.tree.map(lambda x, source=source: np.asarray(x)[source], sequences)
+        yield min(batch_size, total - start), shard_batch(batch, placement.mesh)
