@@ -47,11 +47,11 @@ def draw(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[ja
     """
     raw = jax.nn.log_softmax(logits, axis=-1)
     if config.temperature == 0:
-        tokens, sampled = _first_largest(logits), raw
+        tokens, sampled = _argmax(logits), raw
     else:
         filtered = filter_logits(logits, config)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, filtered.shape[1:]))(keys)
-        tokens = _first_largest(filtered + noise)
+        tokens = _argmax(filtered + noise)
         sampled = jax.nn.log_softmax(filtered, axis=-1)
 
     def chosen(logprobs):
@@ -60,8 +60,16 @@ def draw(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> tuple[ja
     return tokens, chosen(sampled), chosen(raw)
 
 
-def _first_largest(x: jax.Array) -> jax.Array:
-    """As argmax along the last axis, int32, but for NaNs. Of a vocabulary, a CPU takes ten times as long for that."""
-    last = x.shape[-1] - 1
-    largest = jnp.max(x, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(x == largest, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
+def _argmax(x: jax.Array) -> jax.Array:
+    """As jnp.argmax along the last axis, [rows, vocab] -> [rows] int32: first of the blocks' largest, then in a block.
+
+    XLA's CPU backend takes the largest of many numbers ten times as fast as its index.
+    """
+    rows, vocab = x.shape
+    blocks = jnp.pad(x, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+
+
+_BLOCK = 256
