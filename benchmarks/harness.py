@@ -103,13 +103,13 @@ def matrix_products(dtype: str) -> tuple[Callable[[], object], float]:
 
 def compute_bound(flops: float, ours: list[float], product_flops: float, products: list[float]) -> dict[str, float]:
     """How near our runs, of so many FLOPs, come to the rate of the matrix products run in turn with them."""
-    rates = product_flops / np.array(products)
+    rates, flops = product_flops / np.array(products), flops / jax.device_count()
     found = {
         "share_of_matmul_rate": float(np.median(flops / np.array(ours) / rates)),
         "matmul_gflops": float(np.median(rates) / 1e9),
     }
     peak, _ = SPECIFIED.get(jax.devices()[0].device_kind, (None, None))
-    return found | ({} if peak is None else {"mfu": flops / float(np.median(ours)) / peak / jax.device_count()})
+    return found | ({} if peak is None else {"mfu": flops / float(np.median(ours)) / peak})
 
 
 # bfloat16 FLOP/s without sparsity and bytes/s of memory, from the vendors' data sheets.

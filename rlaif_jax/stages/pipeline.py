@@ -49,8 +49,6 @@ _OPERATIONAL = (
     "refill",
     "chunk",
 )
-
-
 # The files that bind a stage to the config that it was begun with.
 _KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "replies_*/*.parquet")
 

@@ -29,5 +29,5 @@ def train_step(
     (value, metrics), grads = jax.value_and_grad(mean, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.global_norm(params)}
+    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
     return TrainState(state.step + 1, params, opt_state), metrics | norms | {"loss": value}
