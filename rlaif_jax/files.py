@@ -15,15 +15,21 @@ from rlaif_jax.errors import UserError
 
 @contextlib.contextmanager
 def _replacing(path: epath.Path) -> Iterator[epath.Path]:
-    """A file to write, which takes the place of `path` at the end and is gone after a failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file to write, which takes the place of `path` at the end and is gone after a failure.
+
+    Raises UserError where it can't be written.
+    """
     temporary = path.parent / f"{path.name}.tmp"
     try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # half a file would take room from whoever runs out of it
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # half a file would take room from whoever runs out of it
+            raise
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -54,11 +60,20 @@ def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epa
     return path
 
 
-def read_checked_parquet(path: epath.Path) -> pa.Table:
-    """Reads a file of `write_checked_parquet`. Raises UserError where its bytes are not those that were written."""
+def read_shards(folder: epath.Path, remedy: str) -> dict[epath.Path, pa.Table]:
+    """What `write_checked_parquet` wrote into `folder`, in the order of the names, read in parallel.
+
+    Raises UserError where the bytes of one are not those that were written; `remedy` says what deleting it costs.
+    """
+    paths = sorted(folder.glob("[0-9]*.*.parquet"))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(lambda path: _read_checked(path, remedy), paths), strict=True))
+
+
+def _read_checked(path: epath.Path, remedy: str) -> pa.Table:
     data = path.read_bytes()
     if xxhash.xxh3_64_hexdigest(data) != path.name.split(".")[-2]:
-        raise UserError(f"{path} is damaged: its bytes are not those that were written")
+        raise UserError(f"{path} is damaged: its bytes are not those that were written. Delete it: {remedy}")
     return pq.read_table(pa.BufferReader(data))
 
 

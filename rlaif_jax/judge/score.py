@@ -112,12 +112,14 @@ class Plan(NamedTuple):
 def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     """Loads the weights and the template, and reads the preamble.
 
-    Raises UserError where the preamble leaves no room for a pair.
+    Raises UserError where the choices can't be told apart, and where the preamble leaves no room for a pair.
     """
     template = load_template(config.template, config.chain_of_thought)
     reader = gguf.open_gguf(config.weights)
     tokenizer = tokenizers.from_gguf(reader)
     choices = tuple(tuple(tokens) for tokens in _tokens(tokenizer, template.choices))
+    if choices[0] == choices[1]:
+        raise UserError(f"judge template {template.name}: the tokenizer reads both choices as the same tokens")
     preamble = _shared_tokens(tokenizer, template)
     if len(preamble) >= config.max_length:
         raise UserError(

@@ -5,14 +5,13 @@ A shard is `shards/NUMBER.HASH.parquet`. The checksum is in the name, so that no
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_checked_parquet, write_checked_parquet, write_json, write_parquet
+from rlaif_jax.files import read_shards, write_checked_parquet, write_json, write_parquet
 from rlaif_jax.judge.score import Judge, Judgement, Pair, judge_pairs, plan_judging
 from rlaif_jax.progress import progress
 
@@ -65,27 +64,20 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
 
 
 def _committed(folder: epath.Path, judge: Judge) -> dict[int, tuple[str, pa.Table]]:
-    """Names and tables of the shards in `folder` by their number, checked in parallel before any is used."""
-    shards = sorted(folder.glob("[0-9]*.*.parquet"))
-    with ThreadPoolExecutor() as pool:
-        tables = pool.map(lambda shard: _read_shard(shard, judge), shards)
-        return {int(shard.name.split(".")[0]): (shard.name, table) for shard, table in zip(shards, tables, strict=True)}
+    """Names and tables of the shards in `folder` by their number.
 
-
-def _read_shard(shard: epath.Path, judge: Judge) -> pa.Table:
-    """Raises UserError where the shard is damaged, and where another judge or template wrote it."""
-    try:
-        table = read_checked_parquet(shard)
-    except UserError as error:
-        raise UserError(f"{error}. Delete that file, and its pairs alone are judged again") from error
-    for name, value in judge.provenance.items():
-        others = set(table[name].to_pylist()) - {value}
-        if others:
-            raise UserError(
-                f"{shard} was labelled with {name}={others.pop()!r}, now it is {value!r}: use another --workdir, or "
-                f"delete {shard.parent}"
-            )
-    return table
+    Raises UserError where one is damaged, and where another judge or template wrote it.
+    """
+    shards = read_shards(folder, "its pairs alone are judged again")
+    for shard, table in shards.items():
+        for name, value in judge.provenance.items():
+            others = set(table[name].to_pylist()) - {value}
+            if others:
+                raise UserError(
+                    f"{shard} was labelled with {name}={others.pop()!r}, now it is {value!r}: use another --workdir, "
+                    f"or delete {folder}"
+                )
+    return {int(shard.name.split(".")[0]): (shard.name, table) for shard, table in shards.items()}
 
 
 def check_row(table: pa.Table, row: int) -> pa.Table:

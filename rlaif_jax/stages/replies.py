@@ -9,8 +9,7 @@ import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
-from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_checked_parquet, write_checked_parquet
+from rlaif_jax.files import read_shards, write_checked_parquet
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.progress import progress
@@ -19,6 +18,8 @@ from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.stopping import make_stopping
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences
+
+Encoded = tuple[np.ndarray, np.ndarray]  # what `encode_prompts` returns
 
 
 class Replies(NamedTuple):
@@ -33,8 +34,9 @@ def sample_replies(
     run: Run, params, prompts: Sequence[str], copies: int, key: jax.Array, sampling: SamplingConfig
 ) -> Replies:
     """`copies` replies to each prompt, one after another; row i's randomness is `key` and i."""
-    rows = dict(_sample(run, params, prompts, copies, key, sampling, frozenset()))
-    return _replies(run, prompts, copies, rows)
+    encoded = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length)
+    rows = dict(_sample(run, params, encoded, copies, key, sampling, frozenset()))
+    return _replies(run, encoded, copies, rows)
 
 
 def keep_replies(
@@ -54,15 +56,16 @@ def keep_replies(
     rows, fresh, shards = _committed(folder), [], len(list(folder.glob("*.parquet")))
     done = frozenset(i for i in range(len(prompts)) if all(copies * i + copy in rows for copy in range(copies)))
     total = copies * len(prompts)
+    encoded = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length)
     with progress(None, folder.name, total=total, initial=copies * len(done), unit="reply") as bar:
-        for row, reply in _sample(run, params, prompts, copies, key, sampling, done):
+        for row, reply in _sample(run, params, encoded, copies, key, sampling, done):
             rows[row] = reply
             fresh.append({"row": row} | reply)
             bar.update()
             if len(fresh) == commit_every or len(rows) == total:
                 write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=_SCHEMA))
                 fresh, shards = [], shards + 1
-    return _replies(run, prompts, copies, rows)
+    return _replies(run, encoded, copies, rows)
 
 
 _SCHEMA = pa.schema(
@@ -72,18 +75,12 @@ _SCHEMA = pa.schema(
 
 def _committed(folder: epath.Path) -> dict[int, dict]:
     """The replies in the shards of `folder`, by row."""
-    rows = {}
-    for shard in sorted(folder.glob("*.parquet")):
-        try:
-            found = read_checked_parquet(shard).to_pylist()
-        except UserError as error:
-            raise UserError(f"{error}. Delete that file, and its replies alone are sampled again") from error
-        rows |= {row.pop("row"): row for row in found}
-    return rows
+    tables = read_shards(folder, "its replies alone are sampled again").values()
+    return {row.pop("row"): row for table in tables for row in table.to_pylist()}
 
 
 def _sample(
-    run: Run, params, prompts, copies: int, key: jax.Array, sampling: SamplingConfig, done: frozenset[int]
+    run: Run, params, encoded: Encoded, copies: int, key: jax.Array, sampling: SamplingConfig, done: frozenset[int]
 ) -> Iterator[tuple[int, dict]]:
     """Yields (row, reply: tokens, text, ended) as they finish, but for the prompts in `done`."""
     tokenizer, model, limit = run.tokenizer(), run.language_model(), run.config.policy.max_response_length
@@ -96,20 +93,18 @@ def _sample(
         limit,
         run.config.sampler,
     )
-    array, mask = encode_prompts(tokenizer, prompts, run.config.policy.max_prompt_length)
-    encoded = [row[real].tolist() for row, real in zip(array, mask, strict=True)]
-    for row, reply in sample(sampler, encoded, key, range(copies * len(prompts)), done):
+    prompts = [row[real].tolist() for row, real in zip(*encoded, strict=True)]
+    for row, reply in sample(sampler, prompts, key, range(copies * len(prompts)), done):
         (text,) = decode_responses(tokenizer, reply.tokens[None], np.ones((1, len(reply.tokens)), bool))
         yield row, {"tokens": reply.tokens.tolist(), "text": text, "ended": reply.ended}
 
 
-def _replies(run: Run, prompts: Sequence[str], copies: int, rows: dict[int, dict]) -> Replies:
-    ordered, limit = [rows[row] for row in range(copies * len(prompts))], run.config.policy.max_response_length
+def _replies(run: Run, encoded: Encoded, copies: int, rows: dict[int, dict]) -> Replies:
+    ordered, limit = [rows[row] for row in sorted(rows)], run.config.policy.max_response_length
     tokens, mask = np.zeros((len(ordered), limit), np.int32), np.zeros((len(ordered), limit), bool)
     for row, reply in enumerate(ordered):
         length = len(reply["tokens"])
         tokens[row, :length], mask[row, :length] = reply["tokens"], True
-    encoded = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length)
     prompt_array, prompt_mask = (np.repeat(x, copies, axis=0) for x in encoded)
     texts, ended = ([reply[name] for reply in ordered] for name in ("text", "ended"))
     return Replies(texts, ended, Sequences(prompt_array, prompt_mask, tokens, mask))

@@ -87,6 +87,7 @@ def test_a_label_that_another_judge_made_is_not_reproduced(finished, capfd, tmp_
 # Each of these ends with one line on stderr that holds the words given, and starts no work.
 BAD_USAGE = {
     "empty workdir": (["--workdir="], ["--workdir is empty"]),
+    "workdir that can't be": (["--workdir=/proc/x"], ["/proc/x", "can't be written"]),
     "seed too large": (["--config.seed=4294967296"], ["seed=4294967296", "2147483647"]),
     "not finite": (["--config.rl.kl_coef=inf"], ["rl.kl_coef", "finite"]),
     "unknown axis": (["--config.mesh.replicated=('headz',)"], ["replicated", "headz"]),
