@@ -63,7 +63,7 @@ def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epa
 def read_shards(folder: epath.Path, remedy: str) -> dict[epath.Path, pa.Table]:
     """What `write_checked_parquet` wrote into `folder`, in the order of the names, read in parallel.
 
-    Raises UserError where the bytes of one are not those that were written; `remedy` says what deleting it costs.
+    Raises UserError where the bytes of one are not those that were written; `remedy` says what follows from deleting it.
     """
     paths = sorted(folder.glob("[0-9]*.*.parquet"))
     with ThreadPoolExecutor() as pool:
@@ -73,7 +73,7 @@ def read_shards(folder: epath.Path, remedy: str) -> dict[epath.Path, pa.Table]:
 def _read_checked(path: epath.Path, remedy: str) -> pa.Table:
     data = path.read_bytes()
     if xxhash.xxh3_64_hexdigest(data) != path.name.split(".")[-2]:
-        raise UserError(f"{path} is damaged: its bytes are not those that were written. Delete it: {remedy}")
+        raise UserError(f"{path} is damaged: its bytes are not those that were written. Delete that file, and {remedy}")
     return pq.read_table(pa.BufferReader(data))
 
 
