@@ -61,9 +61,9 @@ def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epa
 
 
 def read_shards(folder: epath.Path, remedy: str) -> dict[epath.Path, pa.Table]:
-    """What `write_checked_parquet` wrote into `folder`, in the order of the names, read in parallel.
+    """What `write_checked_parquet` wrote into `folder`, in the order of their names, read in parallel.
 
-    Raises UserError where the bytes of one are not those that were written; `remedy` says what follows from deleting it.
+    Raises UserError where the bytes of one are not those that were written. `remedy`: what deleting it leads to.
     """
     paths = sorted(folder.glob("[0-9]*.*.parquet"))
     with ThreadPoolExecutor() as pool:
