@@ -1,26 +1,47 @@
 """Text to padded token arrays and back."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.layouts import messages
+from rlaif_jax.data.tokenizers import special_tokens
 from rlaif_jax.errors import UserError
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
     """Prompts through the chat template, as token lists that end where a reply begins.
 
-    Raises UserError for a tokenizer without chat template.
+    Role tokens that a prompt spells out are read as text. Raises UserError for a tokenizer without chat template.
     """
     if tokenizer.chat_template is None:
         raise UserError("the policy's tokenizer has no chat template: use the weights of an instruction-tuned model")
-    texts = [
-        tokenizer.apply_chat_template(messages(prompt), add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
-    ]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    role = re.compile("(" + "|".join(map(re.escape, special_tokens(tokenizer).values())) + ")")
+    pieces = [role.split(_rendered(tokenizer, turns)) for turns in map(messages, prompts)]  # every other one is a role
+    contents = [[turn["content"] for turn in messages(prompt)] for prompt in prompts]
+    texts = [_filled(text, content) for parts, content in zip(pieces, contents, strict=True) for text in parts[::2]]
+    tokens = iter(texts_to_tokens(tokenizer, texts))
+    roles = {token: index for index, token in special_tokens(tokenizer).items()}
+    return [[x for i, part in enumerate(parts) for x in ([roles[part]] if i % 2 else next(tokens))] for parts in pieces]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, str]]) -> str:
+    """The chat template around marks in the places of the turns' contents."""
+    marked = [{"role": turn["role"], "content": f"\0{i}\0"} for i, turn in enumerate(turns)]
+    return tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+
+
+def _filled(text: str, contents: Sequence[str]) -> str:
+    return re.sub("\0(\\d+)\0", lambda mark: contents[int(mark[1])], text)
+
+
+def texts_to_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, none of them a role token."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_prompts(
@@ -52,7 +73,7 @@ def encode_responses(
     Returns (tokens [n, length] int32, mask [n, length] bool). Without `ended` all responses get the token, and one
     that does not fit raises UserError.
     """
-    rows = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+    rows = texts_to_tokens(tokenizer, responses)
     ends = [True] * len(rows) if ended is None else ended
     rows = [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(rows, ends, strict=True)]
     for index, row in enumerate(rows):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from rlaif_jax.errors import UserError
 from rlaif_jax.models.cache import KVCache, empty_cache
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel
@@ -88,11 +89,16 @@ def sample(
 
     As many consecutive rows as there are row ids for each prompt reply to it, which is then read once. A reply depends
     on its prompt, on the key and on its row's id alone. Prompts numbered in `done` are left out. `conclude` looks at
-    the slots when replies have finished, and returns [slots, ...].
+    the slots when replies have finished, and returns [slots, ...]. Raises UserError where the slots do not hold all
+    replies to a prompt.
     """
     if not prompts:
         return
     config, copies = sampler.config, len(row_ids) // len(prompts)
+    if copies * len(prompts) != len(row_ids) or not all(map(len, prompts)):
+        raise ValueError(f"{len(row_ids)} row ids for {len(prompts)} prompts, of which none may be empty")
+    if copies > config.slots:
+        raise UserError(f"sampler.slots={config.slots} must be at least {copies}, the replies to a prompt")
     buckets = length_buckets([len(prompt) for prompt in prompts], config.prompt_buckets, config.bucket_multiple)
     queue = collections.deque(i for i in range(len(prompts)) if i not in done)
     occupants: dict[int, int] = {}  # slot -> the row whose reply it makes
@@ -188,15 +194,18 @@ def _advance(model, parameters, slots: Slots, prefixes, stopping, *, sampling, c
 
 def _empty(sampler: Sampler, prompt_length: int) -> Slots:
     """Slots without occupants."""
-    return _empty_slots(sampler.model, sampler.parameters, sampler.prefixes, sampler.stopping,
-                        (sampler.config.slots, prompt_length, sampler.max_new_tokens), sampler.cache_dtype)  # fmt: skip
+    config, limit = sampler.config, sampler.max_new_tokens
+    # A reply that ends early in a chunk keeps its slot to the chunk's end: room that nothing of it is written over.
+    shape = config.slots, prompt_length, limit, limit + config.chunk - 1
+    return _empty_slots(sampler.model, sampler.parameters, sampler.prefixes, sampler.stopping, shape,
+                        sampler.cache_dtype)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "shape", "cache_dtype"))
-def _empty_slots(model, parameters, prefixes, stopping, shape: tuple[int, int, int], cache_dtype: str) -> Slots:
-    rows, prompt_length, limit = shape
+def _empty_slots(model, parameters, prefixes, stopping, shape: tuple[int, int, int, int], cache_dtype: str) -> Slots:
+    rows, prompt_length, limit, kept = shape
     token = jnp.zeros((1, 1), jnp.int32)
     like = jax.eval_shape(lambda: prefill(model, parameters, token, token, prefixes, cache_dtype)[1])
     keys = row_keys(jax.random.key(0), jnp.zeros(rows, jnp.int32))
-    replies = new_replies(jnp.zeros(rows, jnp.int32), keys, limit, stopping, empty_cache(like, rows, limit))
+    replies = new_replies(jnp.zeros(rows, jnp.int32), keys, limit, stopping, empty_cache(like, rows, kept))
     return Slots(replies.replace(done=jnp.ones(rows, bool)), empty_cache(like, rows, prompt_length))

@@ -46,8 +46,10 @@ class Stopping(struct.PyTreeNode):
 
 
 def make_stopping(tokenizer: PreTrainedTokenizerFast, strings: Sequence[str] = ()) -> Stopping:
-    """Ends at the tokens of `tokenizers.end_tokens`, and at any of the strings."""
+    """Ends at the tokens of `tokenizers.end_tokens`, and at any of the strings, which must not be empty."""
     ids = end_tokens(tokenizer)
+    if not all(strings):
+        raise ValueError("an empty stop string would end every reply at once")
     if not strings:
         return Stopping(ids, (), jnp.zeros((0, 0), jnp.uint8), jnp.zeros(0, jnp.int32))
     pieces = token_pieces(tokenizer)
@@ -67,7 +69,8 @@ def token_pieces(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
         piece = lambda token: bytes(to_byte[character] for character in token)  # noqa: E731
     else:
         piece = lambda token: tokenizer.backend_tokenizer.decoder.decode([token]).encode()  # noqa: E731
-    return [b"" if index in special else piece(token) for index, token in enumerate(tokens)]
+    added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
+    return [b"" if index in special else added.get(index) or piece(token) for index, token in enumerate(tokens)]
 
 
 def _byte_of_character() -> dict[str, int]:

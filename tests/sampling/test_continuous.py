@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlaif_jax.errors import UserError
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.sampling.continuous import Sampler, SamplerConfig, sample
@@ -108,3 +109,14 @@ def test_a_compressed_cache_changes_little():
 
 def test_nothing_to_reply_to_is_no_reply():
     assert list(sample(sampler(one_device()), [], jax.random.key(0), [])) == []
+
+
+def test_too_few_slots_for_the_replies_to_a_prompt_are_refused():
+    with pytest.raises(UserError, match=r"sampler\.slots=1 must be at least 2"):
+        list(sample(sampler(one_device(), slots=1), PROMPTS, jax.random.key(3), ROW_IDS))
+
+
+@pytest.mark.parametrize(("prompts", "rows"), [([[2, 3], []], 2), ([[2, 3], [4]], 3)])
+def test_an_empty_prompt_or_a_row_too_many_is_an_error(prompts, rows):
+    with pytest.raises(ValueError, match="row ids for 2 prompts"):
+        list(sample(sampler(one_device()), prompts, jax.random.key(3), range(rows)))

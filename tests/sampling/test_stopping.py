@@ -67,3 +67,14 @@ def test_end_of_turn_tokens_end_a_reply_beside_the_end_of_sequence(smollm2_token
 def test_a_text_is_cut_at_its_first_stop_string():
     assert cut("a b c", ["c", "b"]) == "a "
     assert cut("a b c", ["d"]) == "a b c"
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="empty stop string"):
+        make_stopping(tokenizers.train(["a"], 300), [""])
+
+
+def test_tokens_that_a_user_added_are_their_own_text():
+    tokenizer = tokenizers.train(["a"], 300)
+    tokenizer.add_tokens(["two words"])
+    assert token_pieces(tokenizer)[-1] == b"two words"
