@@ -18,15 +18,18 @@ from harness import WEIGHTS, alternate, parser, report, start_peer, watch
 
 from configs import quickstart
 from rlaif_jax.config import parse
-from rlaif_jax.judge.score import Pair, answer_pairs, load_judge, plan_judging, read_prefix, suffix_tokens
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import answer_pairs, load_judge, plan_judging, read_prefix, suffix_tokens
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.parallel.mesh import make_mesh
 from rlaif_jax.sampling.trees import grow
 
 SHOTS, SHOT_WORDS = 6, 60
 TEMPLATE = {
-    "instruction": "A good summary is a shorter piece of text that has the essence of the original. Given a piece of "
-    "text and two of its possible summaries, output 1 or 2 to indicate which summary is better.",
+    "preambles": {
+        "base": "A good summary is a shorter piece of text that has the essence of the original. Given a piece of "
+        "text and two of its possible summaries, output 1 or 2 to indicate which summary is better."
+    },
     "comparison": "Text - {prompt}\n\nSummary 1 - {response_1}\n\nSummary 2 - {response_2}",
     "verdict": "\n\nPreferred Summary=",
     "choices": ["1", "2"],
@@ -79,7 +82,7 @@ def main() -> None:
         config = dataclasses.replace(
             settings.judge,
             weights=WEIGHTS,
-            template=template,
+            prompt=dataclasses.replace(settings.judge.prompt, template=template, shots=len(examples)),
             dtype=options.dtype,
             batch_tokens=options.batch_tokens,
             buckets=options.buckets,
@@ -88,13 +91,13 @@ def main() -> None:
         )
         judge = load_judge(config, 0, Placement(make_mesh(settings.mesh)))
         judge.tokenizer.save_pretrained(folder)
-        prompts = [prompt for pair in pairs for prompt in judge.prompts(pair)]
+        prompts = [prompt.text for pair in pairs for prompt in judge.template.asked(pair)]
         answers = None
 
         def ours():
             nonlocal answers
             fresh = load_prefix(judge)
-            answers = answer_pairs(fresh, pairs, plan_judging(fresh, pairs), 0, lambda prompts: None)
+            answers = answer_pairs(fresh, pairs, plan_judging(fresh, pairs), range(len(pairs)), lambda prompts: None)
 
         ours()
         for way, prefix_cache in (("plain", False), ("prefix cache", True)):
@@ -123,12 +126,12 @@ def load_prefix(judge):
 
 def counts(judge, answers, pairs) -> dict:
     """How many tokens the prompts have, and how many of them were computed."""
-    rests = suffix_tokens(judge, pairs)
-    trees = sum(len(grow(rests[2 * i : 2 * i + 2], judge.choices)) for i in range(len(pairs)))
+    rests = [suffix_tokens(judge, pair) for pair in pairs]
+    trees = sum(len(grow(prompts, judge.choices)) for prompts in rests)
     return {
         "prompt_tokens": int(answers.lengths.sum()),
         "prefix_tokens": len(judge.preamble),
-        "suffix_tokens": sum(map(len, rests)),
+        "suffix_tokens": sum(len(rest) for prompts in rests for rest in prompts),
         "computed_tokens": len(judge.preamble) + trees,
     }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,12 +15,12 @@ from rlaif_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def _replacing(path: epath.Path) -> Iterator[epath.Path]:
+def replacing(path: epath.Path) -> Iterator[epath.Path]:
     """A file to write, which takes the place of `path` at the end and is gone after a failure.
 
     Raises UserError where it can't be written.
     """
-    temporary = path.parent / f"{path.name}.tmp"
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"  # others may write the same file at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -32,9 +33,16 @@ def _replacing(path: epath.Path) -> Iterator[epath.Path]:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from error
 
 
+def remove_leftovers(folder: epath.Path) -> None:
+    """Deletes what a killed process was writing in `folder` and the folders in it, where nobody else is writing."""
+    for pattern in ("*.tmp", "*/*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """Replaces a text file in one step."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text)
 
 
@@ -45,7 +53,7 @@ def write_json(path: epath.Path, value) -> None:
 
 def write_parquet(path: epath.Path, table: pa.Table) -> None:
     """Replaces a Parquet file in one step."""
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         pq.write_table(table, file)
 
 
@@ -55,22 +63,25 @@ def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epa
     pq.write_table(table, sink)
     data = sink.getvalue().to_pybytes()
     path = folder / f"{stem}.{xxhash.xxh3_64_hexdigest(data)}.parquet"
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
     return path
 
 
-def read_shards(folder: epath.Path, remedy: str) -> dict[epath.Path, pa.Table]:
-    """What `write_checked_parquet` wrote into `folder`, in the order of their names, read in parallel.
+def read_shards(folder: epath.Path, remedy: str, window: int = 8) -> Iterator[tuple[epath.Path, pa.Table]]:
+    """What `write_checked_parquet` wrote into `folder`, in the order of their names, `window` read at a time.
 
     Raises UserError where the bytes of one are not those that were written. `remedy`: what deleting it leads to.
     """
-    paths = sorted(folder.glob("[0-9]*.*.parquet"))
+    paths = sorted(folder.glob("*.*.parquet"))
     with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, pool.map(lambda path: _read_checked(path, remedy), paths), strict=True))
+        for start in range(0, len(paths), window):
+            some = paths[start : start + window]
+            yield from zip(some, pool.map(lambda path: read_shard(path, remedy), some), strict=True)
 
 
-def _read_checked(path: epath.Path, remedy: str) -> pa.Table:
+def read_shard(path: epath.Path, remedy: str) -> pa.Table:
+    """One of them."""
     data = path.read_bytes()
     if xxhash.xxh3_64_hexdigest(data) != path.name.split(".")[-2]:
         raise UserError(f"{path} is damaged: its bytes are not those that were written. Delete that file, and {remedy}")

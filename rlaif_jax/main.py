@@ -1,5 +1,8 @@
 """Runs the stages of a config: python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"""
 
+import dataclasses
+import random
+import re
 import sys
 
 import jax
@@ -8,7 +11,7 @@ from absl import flags
 from rlaif_jax.commands import open_folder, parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError, room_in
-from rlaif_jax.files import read_parquet, write_json
+from rlaif_jax.files import read_parquet, remove_leftovers, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import load_judge
 from rlaif_jax.report import write_report
@@ -19,7 +22,8 @@ from rlaif_jax.summary import print_replay, print_summary
 _USAGE = "usage: python -m rlaif_jax.main --config=configs/NAME.py[:ARM] --workdir=DIR"
 _HELP = f"""  --config.FIELD=VALUE   overrides a field of the config, e.g. --config.seed=1
   --stages=NAME,...      stages to run, of {", ".join(STAGES)}; by default all
-  --replay=ROW           judges row ROW of DIR/label/preferences.parquet again and compares"""
+  --replay=ROW,...       judges these rows of DIR/label/preferences.parquet again and compares; any:N draws N of them
+  --worker=I/N           with --stages=label: judges every N-th shard from the I-th on, beside N - 1 other processes"""
 
 
 def main(argv: list[str]) -> int:
@@ -30,14 +34,21 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_list("stages", None, "", flag_values=values)
-    flags.DEFINE_integer("replay", None, "", flag_values=values)
+    flags.DEFINE_string("replay", None, "", flag_values=values)
+    flags.DEFINE_string("worker", None, "", flag_values=values)
     options = parse_flags(argv, _USAGE, values)
     folder = open_folder(options.workdir)
     run = open_run(with_seed(parse(options.config.to_dict()), folder), folder)
     if options.replay is not None:
         return _replay(run, options.replay)
+    if options.worker is not None:
+        if options.stages != ["label"]:
+            raise UserError("--worker is for --stages=label alone")
+        run = dataclasses.replace(run, worker=_worker(options.worker))
     stages = plan(run, list(STAGES) if options.stages is None else options.stages)
     with room_in(run.workdir), jax.set_mesh(run.placement.mesh):
+        if run.worker.count == 1:
+            remove_leftovers(run.workdir)
         write_json(run.workdir / "config.json", run_record(run.config))
         run_stages(run, stages)
     if "eval" in stages:
@@ -46,18 +57,40 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _replay(run: Run, row: int) -> int:
-    """Judges one label row again; 0 where the label is reproduced, 1 where it is not."""
+def _worker(text: str) -> store.Worker:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--worker={text} must be I/N with I from 0 to N - 1")
+    return store.Worker(int(found[1]), int(found[2]))
+
+
+def _replay(run: Run, rows: str) -> int:
+    """Judges label rows again; 0 where all labels are reproduced, 1 where one is not."""
     file = run.folder("label") / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
-    table = store.check_row(read_parquet(file), row)
+    table = read_parquet(file)
+    chosen = _rows(rows, table.num_rows)
     with jax.set_mesh(run.placement.mesh):
         judge = load_judge(run.config.judge, run.config.seed, run.placement)
-        stored, fresh = store.replay(judge, table, row)
-    same = store.same_label(stored, fresh)
-    print_replay(judge, stored, fresh, same)
-    return 0 if same else 1
+        replayed = [store.replay(judge, table, row) for row in chosen]
+    same = [store.same_label(stored, fresh) for stored, fresh in replayed]
+    for (stored, fresh), equal in zip(replayed, same, strict=True):
+        print_replay(judge, stored, fresh, equal)
+    print(f"{sum(same)} of {len(same)} labels reproduced")
+    return 0 if all(same) else 1
+
+
+def _rows(text: str, count: int) -> list[int]:
+    """The rows that --replay asks for. Raises UserError where there are no such rows."""
+    if drawn := re.fullmatch(r"any:(\d+)", text):
+        return sorted(random.sample(range(count), min(int(drawn[1]), count)))
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(f"--replay={text} must be row numbers with commas between them, or any:N")
+    rows = [int(row) for row in text.split(",")]
+    if missing := [row for row in rows if row >= count]:
+        raise UserError(f"no label row {missing[0]}: the file has rows 0 to {count - 1}")
+    return rows
 
 
 if __name__ == "__main__":

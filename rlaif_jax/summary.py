@@ -7,7 +7,8 @@ from rich.table import Table
 from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet
-from rlaif_jax.judge.score import Judge, Judgement, Pair
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import Judge, Judgement
 from rlaif_jax.stages.run import Run
 
 
@@ -71,16 +72,19 @@ def print_judgement(judge: Judge, pair: Pair, judgement: Judgement) -> None:
     table = Table(title=judge.provenance["judge"], title_justify="left")
     for column in ("", "P(a is better)", "tokens"):
         table.add_column(column)
-    rows = (
-        ("a first", judgement.prob_a_forward, judgement.tokens_forward),
-        ("b first", judgement.prob_a_reversed, judgement.tokens_reversed),
-        ("both orders", judgement.prob_a, ""),
-    )
-    for name, probability, tokens in rows:
+    found, sides = judgement.verdict, _sides(judge)
+    numbers = (found.prob_a_forward, found.prob_a_reversed, found.prob_a) if found else (None, None, None)
+    for name, probability, tokens in zip(
+        (*sides, "both sides"), numbers, (judgement.tokens_forward, judgement.tokens_reversed, ""), strict=True
+    ):
         table.add_row(name, "-" if probability is None else f"{probability:.4f}", str(tokens))
+    for name, probability in zip(judge.template.axes, (found and found.prob_a_axes) or (), strict=False):
+        table.add_row(name, f"{probability:.4f}", "")
     console.print(table)
-    for name, rationale in (("a first", judgement.rationale_forward), ("b first", judgement.rationale_reversed)):
-        if rationale is not None:
+    if found and found.rating_a is not None:
+        console.print(f"ratings from -1 to 1: a {found.rating_a:.4f}, b {found.rating_b:.4f}")
+    for name, rationales in zip(sides, (judgement.rationale_forward, judgement.rationale_reversed), strict=True):
+        for rationale in rationales or ():
             console.rule(f"rationale, {name}")
             console.print(rationale, markup=False, highlight=False, soft_wrap=True)
     if judgement.status != "ok":
@@ -88,6 +92,24 @@ def print_judgement(judge: Judge, pair: Pair, judgement: Judgement) -> None:
 
 
 def _print_prompts(console: Console, judge: Judge, pair: Pair) -> None:
-    for name, prompt in zip(("a first", "b first"), judge.prompts(pair), strict=True):
-        console.rule(f"prompt, {name}")
-        console.print(prompt, markup=False, highlight=False, soft_wrap=True)
+    prompts = judge.template.asked(pair)
+    for i, prompt in enumerate(prompts):
+        console.rule(f"prompt, {_sides(judge)[2 * i // len(prompts)]}")
+        console.print(prompt.text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _sides(judge: Judge) -> tuple[str, str]:
+    return ("a", "b") if judge.template.method == "rating" else ("a first", "b first")
+
+
+def print_audit(title: str, figures: dict) -> None:
+    """The figures of a label file's audit."""
+    table = Table(title=escape(title), title_justify="left")
+    for column, justify in (("", "left"), ("mean [95 % interval]", "right"), ("n", "right")):
+        table.add_column(column, justify=justify)
+    for name, figure in figures.items():
+        if isinstance(figure, dict):
+            table.add_row(escape(name), show_figure(figure), str(figure["n"]))
+        elif isinstance(figure, float):
+            table.add_row(escape(name), f"{figure:.3f}", "")
+    _console().print(table)

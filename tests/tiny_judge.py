@@ -7,6 +7,7 @@ import numpy as np
 
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.judge.prompts import load_template
+from tests.helpers import quickstart_config
 
 WIDTH, HEADS, MLP = 32, 2, 64
 
@@ -15,7 +16,9 @@ def write_judge(path, seed: int = 0) -> str:
     """Writes the file and returns its path. Its tokenizer knows both choices of the default template as one token."""
     kinds = embedded.KINDS.values()
     texts = [prompt.format(t=topic) for kind in kinds for prompt in kind.prompts for topic in kind.topics]
-    tokenizer = tokenizers.train([load_template("everyday_requests", False).preamble, *texts, " good bad" * 50], 700)
+    tokenizer = tokenizers.train(
+        [load_template(quickstart_config().judge.prompt).preamble, *texts, " good bad" * 50], 700
+    )
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -34,6 +37,7 @@ def write_judge(path, seed: int = 0) -> str:
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(1)
+    writer.add_chat_template(tokenizers.CHAT_TEMPLATE)
     rng = np.random.default_rng(seed)
     shapes = {
         "token_embd": (len(tokens), WIDTH),

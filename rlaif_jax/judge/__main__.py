@@ -9,14 +9,15 @@ from etils import epath
 from rlaif_jax.commands import parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.score import Pair, judge_pairs, load_judge, plan_judging
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import judge_pairs, load_judge
 from rlaif_jax.stages.run import open_run, with_seed
 from rlaif_jax.summary import print_judgement
 
 _USAGE = "usage: python -m rlaif_jax.judge --prompt=TEXT --a=REPLY --b=REPLY [--config=configs/NAME.py[:ARM]]"
-_HELP = """  --config.judge.FIELD=VALUE  overrides a field, e.g. --config.judge.template=helpful
+_HELP = """  --config.judge.FIELD=VALUE  overrides a field, e.g. --config.judge.prompt.shots=0
 
-Prints the exact prompt of each order, and the probability that reply a is the better one."""
+Prints the exact prompts, and the probability that reply a is the better one."""
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +36,7 @@ def _main(argv: list[str]) -> int:
     run, pair = open_run(with_seed(parse(options.config.to_dict()), None), epath.Path(".")), Pair(*texts)
     with jax.set_mesh(run.placement.mesh):
         judge = load_judge(run.config.judge, run.config.seed, run.placement)
-        (judgement,) = judge_pairs(judge, [pair], plan_judging(judge, [pair]), 0, lambda prompts: None)
+        (judgement,) = judge_pairs(judge, [pair])
     print_judgement(judge, pair, judgement)
     return 0 if judgement.status == "ok" else 1
 

@@ -1,56 +1,133 @@
-"""Judge prompts: a template file, few-shot examples included, rendered to a shared preamble and a suffix a pair."""
+"""Judge prompts: what a template file says, rendered to what all prompts of a job share and what follows for a pair."""
 
 import dataclasses
+import re
 import string
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import xxhash
 import yaml
 from etils import epath
+from transformers import PreTrainedTokenizerFast
 
+from rlaif_jax.data.encoding import texts_to_tokens
+from rlaif_jax.data.tokenizers import special_tokens
 from rlaif_jax.errors import UserError
 
-_FIELDS = {"instruction", "comparison", "verdict", "choices", "reasoning", "examples"}
-_PLACEHOLDERS = {"prompt", "response_1", "response_2"}
+METHODS = ("pairwise", "axes", "rating")
 TEMPLATES = epath.Path(__file__).parent / "templates"
+_PAIR = {"prompt", "response_1", "response_2"}
+_ITEM = {"prompt", "response"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """What the judge is asked, and how."""
+
+    template: str  # a name in rlaif_jax/judge/templates, or the path of a YAML file
+    preamble: str  # a name under `preambles` there, e.g. "base" or "detailed"
+    shots: int  # worked examples before the pair
+    exemplars: str  # a YAML file of them; "" for those of the template
+    method: str  # "pairwise", "axes" (a pairwise question each) or "rating" (each response by itself)
+    chain_of_thought: bool  # the judge explains itself before it answers
+    chat: bool  # through the chat template of an instruction-tuned judge; False is plain text, as for a base model
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt."""
+
+    prompt: str
+    response_a: str
+    response_b: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Reasoning:
-    """Chain of thought in two steps: the judge writes a rationale, then names its choice.
+    """Chain of thought in two steps: the judge writes a rationale, then answers (arXiv 2309.00267, section 2.1.2)."""
 
-    (Lee et al., arXiv 2309.00267, section 2.1.2.)
-    """
-
-    verdict: str  # what follows the rationale, up to where the judge names its choice
+    cue: str  # what follows the pair and begins the rationale
     stop: tuple[str, ...]  # texts that end a rationale
+
+
+class Prompt(NamedTuple):
+    """A prompt in the parts that are split into tokens apart. Only `opening` and `turn` may hold role tokens."""
+
+    opening: str
+    message: str
+    turn: str
+    reply: str
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        return "".join(self)
+
+
+class Frame(NamedTuple):
+    """What a chat template puts before the user's message, and between it and the reply."""
+
+    opening: str = ""  # up to the last role token
+    before: str = ""
+    after: str = ""
+    turn: str = ""  # from the first role token to the last one
+    reply: str = ""
+
+
+PLAIN = Frame()  # for a base model: the text by itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A pairwise judge prompt in the four parts of Lee et al. (arXiv 2309.00267, section 2.1).
+    """A judge prompt in the four parts of Lee et al. (arXiv 2309.00267, section 2.1), for one method.
 
-    `preamble` holds the instruction and the worked examples and is the same for every pair; `comparison`
-    shows one pair and ends where the judge names its choice or, with `reasoning`, where it begins to explain it;
-    `choices` are the two answers, for the response in slot 1 and in slot 2.
+    A prompt is `preamble` (instruction and worked examples, the same for every pair), `item` filled in (the pair in
+    one order, or one response), and a question, or before it the cue to a rationale. The judge answers every question
+    with one of `choices`.
     """
 
     name: str
+    method: str
     preamble: str
-    comparison: str
-    choices: tuple[str, str]
+    item: str
+    questions: tuple[str, ...]  # one, or for the method "axes" one an axis
+    axes: tuple[str, ...]  # the names of the questions
+    choices: tuple[str, ...]
+    inverted: bool  # the judge names the worse response
     reasoning: Reasoning | None = None
+    frame: Frame = PLAIN
 
-    def suffix(self, prompt: str, response_1: str, response_2: str) -> str:
-        """What follows the preamble for one pair in one order."""
-        return self.comparison.format(prompt=prompt, response_1=response_1, response_2=response_2)
+    def prompts(self, pair: Pair) -> tuple[str, str]:
+        """What is judged, as text: a pair with response a and with response b in slot 1, or response a and b."""
+        both = pair.response_a, pair.response_b
+        if self.method == "rating":
+            return tuple(self.item.format(prompt=pair.prompt, response=response) for response in both)
+        return tuple(
+            self.item.format(prompt=pair.prompt, response_1=first, response_2=second)
+            for first, second in (both, both[::-1])
+        )
+
+    def asked(self, pair: Pair) -> list[Prompt]:
+        """The prompts of a pair: for each of `prompts` every question, or the cue to a rationale."""
+        endings = (self.reasoning.cue,) if self.reasoning else self.questions
+        return [self._prompt(text, ending) for text in self.prompts(pair) for ending in endings]
+
+    def _prompt(self, text: str, ending: str) -> Prompt:
+        frame = self.frame
+        if not frame.turn:
+            return Prompt("", self.preamble + text + ending, "", "")
+        # The reply begins with the ending, which has blank lines before it where it follows the text itself.
+        return Prompt(
+            frame.opening, frame.before + self.preamble + text + frame.after, frame.turn, frame.reply + ending.lstrip()
+        )
 
     @property
     def digest(self) -> str:
-        """A hash of everything that the template puts before the judge."""
-        parts = (self.preamble, self.comparison, *self.choices)
-        if self.reasoning:
-            parts += (self.reasoning.verdict, *self.reasoning.stop)
-        return text_hash("\x00".join(parts))
+        """A hash of everything that the template puts before the judge, and of what its answers mean."""
+        reasoning = (self.reasoning.cue, *self.reasoning.stop) if self.reasoning else ()
+        parts = (self.method, self.preamble, self.item, *self.questions, *self.choices, str(self.inverted))
+        return text_hash("\x00".join((*parts, *reasoning, *self.frame)))
 
 
 def text_hash(text: str) -> str:
@@ -58,74 +135,167 @@ def text_hash(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def load_template(name: str, chain_of_thought: bool) -> Template:
-    """Reads a template: a name in `judge/templates`, or the path of a YAML file.
+def encode(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The tokens of each prompt. Role tokens that a post or a response spells out are read as text, not as roles."""
+    roles = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for p in prompts for text in (p[0], p[2])}
+    messages = texts_to_tokens(tokenizer, [prompt.message for prompt in prompts])
+    replies = texts_to_tokens(tokenizer, [prompt.reply for prompt in prompts])
+    return [
+        [*roles[prompt.opening], *message, *roles[prompt.turn], *reply]
+        for prompt, message, reply in zip(prompts, messages, replies, strict=True)
+    ]
 
-    The file holds `instruction`, `comparison`, `verdict` (what leads from the comparison to the choice), `choices`
-    (two) and `examples`, a list of `prompt`, `response_1`, `response_2` and `choice` (1 or 2). For a chain of thought
-    it has a `reasoning` of `cue` (what leads from the comparison to the rationale) and `stop` (a list of texts that end
-    it), and a `rationale` in each example. Raises UserError for a missing file, field or placeholder.
+
+def chat_frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
+    """The frame of a tokenizer's chat template. Raises UserError where it has none."""
+    if tokenizer.chat_template is None:
+        raise UserError("judge.prompt.chat=True, but the judge's tokenizer has no chat template: set it to False")
+    message = "MESSAGE"
+    messages = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    before, after = text.split(message)
+    role = re.compile("|".join(map(re.escape, special_tokens(tokenizer).values())))
+    opened, closed = list(role.finditer(before)), list(role.finditer(after))
+    begin = opened[-1].end() if opened else 0
+    first, last = (closed[0].start(), closed[-1].end()) if closed else (0, 0)
+    return Frame(before[:begin], before[begin:], after[:first], after[first:last], after[last:])
+
+
+def load_template(config: PromptConfig) -> Template:
+    """Reads a template: a name in `judge/templates`, or the path of a YAML file; without the frame of a chat.
+
+    The file holds `preambles` (name -> instruction), `comparison`, `verdict` (what leads to the answer), `choices`
+    (two) and `examples`: a list of `prompt`, `response_1`, `response_2` and `choice` (1 or 2). It may hold `inverted`
+    (the choice names the worse response); for a chain of thought `reasoning`, of `cue` (what begins the rationale)
+    and `stop` (a list of texts that end it), and a `rationale` in each example; `axes` (name -> question); and
+    `rating`, of `preamble`, `item`, `verdict` and `scores`, the lowest first. Raises UserError for a missing file,
+    field or placeholder.
     """
+    name = config.template
     path = epath.Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
     if not path.exists():
         known = sorted(file.stem for file in TEMPLATES.glob("*.yaml"))
         raise UserError(f"no judge template {name!r}; there are {', '.join(known)}, or give the path of a YAML file")
+    fields = _read(path)
+    try:
+        template = _template(config, path, _File(**fields))
+        return dataclasses.replace(template, preamble=template.preamble + _shots(config, path, template, fields))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"judge template {path} is malformed: {error}".replace("\n", " ")) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """The fields of a template file."""
+
+    preambles: dict
+    comparison: str
+    verdict: str
+    choices: list
+    examples: list
+    inverted: bool = False
+    reasoning: dict = dataclasses.field(default_factory=dict)
+    axes: dict = dataclasses.field(default_factory=dict)
+    rating: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if not isinstance(getattr(self, field.name), field.type):
+                raise TypeError(f"{field.name} must be a {field.type.__name__}")
+        texts = [*self.preambles.values(), *self.choices, *self.axes.values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("every preamble, choice and axis must be a text (numbers in quotes)")
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text())
-        if not isinstance(fields, dict):
-            raise TypeError("it must be a mapping of fields")
-        if unknown := sorted(set(fields) - _FIELDS):
-            raise ValueError(f"unknown field {unknown[0]}; the fields are {', '.join(sorted(_FIELDS))}")
-        comparison, choices, examples = fields["comparison"], tuple(fields["choices"]), fields["examples"]
-        instruction, verdict = fields["instruction"], fields["verdict"]
-        cue, stop = _reasoning(path, fields) if chain_of_thought else ("", ())
-        parts = (instruction, comparison, verdict, *choices, cue, *stop)
-        if not isinstance(examples, list) or not all(isinstance(part, str) for part in parts):
-            raise TypeError(
-                "instruction, comparison, verdict, cue and every one of choices and stop must be texts (numbers in "
-                "quotes), examples a list"
-            )
-        found = {
-            field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
-            for _, field, form, conversion in string.Formatter().parse(comparison)
-            if field is not None
-        }
     except yaml.YAMLError as error:
         raise UserError(f"judge template {path} is not YAML: {error}".replace("\n", " ")) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"judge template {path} is malformed: {error!r}".replace("\n", " ")) from error
-    if found != _PLACEHOLDERS:
-        raise UserError(f"judge template {path} must use {sorted(_PLACEHOLDERS)} in comparison, not {sorted(found)}")
-    if len(choices) != 2 or any(one.startswith(other) for one, other in (choices, choices[::-1])):
-        raise UserError(f"judge template {path} must have two choices, none the beginning of the other: {choices}")
-    # What stands between a comparison and the choice is no format: braces in it are themselves.
-    literal = (cue if chain_of_thought else verdict).replace("{", "{{").replace("}", "}}")
-    reasoning = Reasoning(verdict, stop) if chain_of_thought else None
-    template = Template(path.stem, "", comparison + literal, choices, reasoning)
+    if not isinstance(fields, dict):
+        raise UserError(f"judge template {path} must be a mapping of fields")
+    known = [field.name for field in dataclasses.fields(_File)]
+    if unknown := sorted(map(str, set(fields) - set(known))):
+        raise UserError(f"judge template {path} has an unknown field {unknown[0]}; the fields are {', '.join(known)}")
+    return fields
+
+
+def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
+    """The template without worked examples."""
+    reasoning = _reasoning(file.reasoning) if config.chain_of_thought else None
+    rating = config.method == "rating"
+    if rating:
+        preamble, item = _texts("rating", file.rating, "preamble", "item")
+        axes, questions, choices = ("",), _texts("rating", file.rating, "verdict"), tuple(file.rating["scores"])
+        if len(choices) < 2 or not all(isinstance(score, str) for score in choices):
+            raise TypeError("rating.scores must be two texts or more (numbers in quotes), the lowest first")
+    else:
+        if config.preamble not in file.preambles:
+            raise KeyError(f"no preamble {config.preamble!r}, only {', '.join(file.preambles)}")
+        preamble, item, choices = file.preambles[config.preamble], file.comparison, tuple(file.choices)
+        asked = file.axes if config.method == "axes" else {"": file.verdict}
+        axes, questions = tuple(asked), tuple(asked.values())
+        if not asked:
+            raise KeyError("it has no axes to ask for")
+        if len(choices) != 2 or any(one.startswith(other) for one, other in (choices, choices[::-1])):
+            raise ValueError(f"it must have two choices, none the beginning of the other: {choices}")
+    if reasoning and not all(questions):
+        raise ValueError("after a rationale it needs a verdict to lead to the answer")
+    _check_placeholders(item, _ITEM if rating else _PAIR)
+    if config.shots and config.method != "pairwise":
+        raise ValueError(f"its examples are for pairwise questions: judge.prompt.method={config.method} needs shots=0")
+    name = f"{path.stem}:{config.method if rating else config.preamble},{config.shots}-shot"
+    name += (",axes" if config.method == "axes" else "") + (",cot" if reasoning else "")
+    preamble += "\n\n" if preamble else ""
+    inverted = file.inverted and not rating
+    return Template(name, config.method, preamble, item, questions, axes, choices, inverted, reasoning)
+
+
+def _texts(group: str, fields: Mapping, *names: str) -> tuple[str, ...]:
+    for name in names:
+        if not isinstance(fields.get(name), str):
+            raise TypeError(f"it needs a text {group}.{name}")
+    return tuple(fields[name] for name in names)
+
+
+def _reasoning(fields: Mapping) -> Reasoning:
+    (cue,) = _texts("reasoning", fields, "cue")
+    stop = fields.get("stop")
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text and "\0" not in text for text in stop):
+        raise TypeError("reasoning.stop must be a list of texts, none of them empty")
+    return Reasoning(cue, tuple(stop))
+
+
+def _check_placeholders(item: str, wanted: set[str]) -> None:
+    found = [
+        field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+        for _, field, form, conversion in string.Formatter().parse(item)
+        if field is not None
+    ]
+    if set(found) != wanted:
+        raise ValueError(f"it must use {sorted(wanted)}, not {sorted(found)}: {item!r}")
+
+
+def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: Mapping) -> str:
+    """`config.shots` worked examples, each with its answer and, before it, its rationale."""
+    examples = fields["examples"]
+    if config.exemplars:
+        path = epath.Path(config.exemplars)
+        if not path.exists():
+            raise UserError(f"judge.prompt.exemplars={path} does not exist")
+        examples = yaml.safe_load(path.read_text())
+    if not isinstance(examples, list) or len(examples) < config.shots:
+        count = len(examples) if isinstance(examples, list) else "no list of"
+        raise UserError(f"judge.prompt.shots={config.shots}, but {path} has {count} examples")
     shots = []
-    for index, example in enumerate(examples):
+    for index, example in enumerate(examples[: config.shots]):
         try:
-            shots.append(_shot(template, example))
+            pair = Pair(example["prompt"], example["response_1"], example["response_2"])
+            reasoning = template.reasoning.cue + example["rationale"] if template.reasoning else ""
+            if example["choice"] not in (1, 2):
+                raise TypeError(f"choice: {example['choice']!r} is neither 1 nor 2")
+            answer = template.questions[0] + template.choices[example["choice"] - 1]
+            shots.append(f"{template.prompts(pair)[0]}{reasoning}{answer}\n\n")
         except (KeyError, TypeError) as error:
             raise UserError(f"judge template {path}, example {index}: missing or wrong {error}") from error
-    preamble = "".join(part + "\n\n" for part in ([instruction] if instruction else []) + shots)
-    return dataclasses.replace(template, preamble=preamble)
-
-
-def _reasoning(path: epath.Path, fields: dict) -> tuple[str, tuple[str, ...]]:
-    """The cue, and what stops a rationale."""
-    if "reasoning" not in fields:
-        raise UserError(f"judge template {path} has no reasoning: set judge.chain_of_thought=False, or give it one")
-    if not isinstance(fields["reasoning"]["stop"], list):
-        raise TypeError("stop must be a list of texts")
-    return fields["reasoning"]["cue"], tuple(fields["reasoning"]["stop"])
-
-
-def _shot(template: Template, example: dict) -> str:
-    """A worked example, with its choice and, before it, its rationale."""
-    shot = template.suffix(example["prompt"], example["response_1"], example["response_2"])
-    if template.reasoning:
-        shot += example["rationale"] + template.reasoning.verdict
-    if example["choice"] not in (1, 2):
-        raise TypeError(f"choice: {example['choice']!r} is neither 1 nor 2")
-    return shot + template.choices[example["choice"] - 1]
+    return "".join(shots)

@@ -1,6 +1,6 @@
-"""Chain of thought in two steps: a rationale is sampled, and the choice is scored right after it, from the same cache.
+"""Chain of thought in two steps: rationales are sampled, and the answers scored right after each, from the same cache.
 
-Lee et al., arXiv 2309.00267, section 2.1.2.
+Lee et al., arXiv 2309.00267, section 2.1.2; several rationales are self-consistency (appendix L there).
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.judge.prompts import Reasoning
+from rlaif_jax.data.encoding import texts_to_tokens
+from rlaif_jax.judge.prompts import Template
 from rlaif_jax.models.transformer import LanguageModel, unembedding
 from rlaif_jax.sampling.continuous import Sampler, SamplerConfig, Slots, sample
 from rlaif_jax.sampling.distribution import SamplingConfig
@@ -24,6 +25,7 @@ from rlaif_jax.sampling.trees import Scorer, Tokens, Tree, answer_logprobs, grow
 class RationaleConfig:
     """How rationales are written."""
 
+    samples: int  # rationales a prompt; the distributions after them are averaged
     max_new_tokens: int
     sampling: SamplingConfig
     sampler: SamplerConfig
@@ -31,12 +33,13 @@ class RationaleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Reasoner:
-    """A judge that explains itself before it chooses."""
+    """A judge that explains itself before it answers."""
 
     sampler: Sampler
+    samples: int  # rationales a prompt
     tokenizer: PreTrainedTokenizerFast
-    reasoning: Reasoning
-    verdict: Tree  # what follows a rationale: the verdict's text and the choices
+    template: Template
+    verdict: Tree  # what follows a rationale: the questions and the choices
     choices: Sequence[Tokens]
     key: jax.Array
 
@@ -48,14 +51,14 @@ class Reasoner:
 
 def make_reasoner(
     config: RationaleConfig,
-    reasoning: Reasoning,
+    template: Template,
     tokenizer: PreTrainedTokenizerFast,
     scorer: Scorer,
     choices: Sequence[Tokens],
     seed: int,
 ) -> Reasoner:
     """A reasoner on the scorer's model, whose layers must be separate, and its preamble."""
-    stopping = make_stopping(tokenizer, reasoning.stop)
+    stopping = make_stopping(tokenizer, template.reasoning.stop)
     sampler = Sampler(
         scorer.model,
         scorer.params,
@@ -66,15 +69,19 @@ def make_reasoner(
         config.sampler,
         scorer.prefix,
     )
-    verdict = grow([tokenizer(reasoning.verdict, add_special_tokens=False)["input_ids"]], choices)
-    return Reasoner(sampler, tokenizer, reasoning, verdict, choices, jax.random.key(seed))
+    verdict = grow(texts_to_tokens(tokenizer, template.questions), choices)
+    return Reasoner(sampler, config.samples, tokenizer, template, verdict, choices, jax.random.key(seed))
 
 
 def reason(
-    reasoner: Reasoner, prompts: Sequence[Tokens], row_ids: Sequence[int]
-) -> Iterator[tuple[int, tuple[str, np.ndarray]]]:
-    """Yields (row, (rationale, log-probs of the choices [choices] float64)) as rationales end."""
-    sampler, verdict = reasoner.sampler, reasoner.verdict
+    reasoner: Reasoner, prompts: Sequence[Tokens], prompt_ids: Sequence[int]
+) -> Iterator[tuple[int, int, str, np.ndarray]]:
+    """Yields (prompt, sample, rationale, log-probs [questions, choices] float64) as rationales end.
+
+    A rationale depends on its prompt, on the prompt's id and on the sample's number.
+    """
+    sampler, verdict, samples = reasoner.sampler, reasoner.verdict, reasoner.samples
+    row_ids = [samples * i + sample for i in prompt_ids for sample in range(samples)]
     tree = [np.array(x, np.int32) for x in (verdict.tokens, verdict.positions, verdict.ends, verdict.asked_after)]
     conclude = functools.partial(
         _conclude,
@@ -87,8 +94,8 @@ def reason(
     )
     for row, reply in sample(sampler, prompts, reasoner.key, row_ids, conclude=conclude):
         text = reasoner.tokenizer.decode(reply.tokens, skip_special_tokens=True)
-        scores = sum_by_choice(reply.conclusion, 1, reasoner.choices)[0]
-        yield row, (cut(text, reasoner.reasoning.stop), scores)
+        scores = sum_by_choice(reply.conclusion, len(reasoner.template.questions), reasoner.choices)
+        yield *divmod(row, samples), cut(text, reasoner.template.reasoning.stop), scores
 
 
 @functools.partial(jax.jit, static_argnames=("model", "eos"))

@@ -1,10 +1,10 @@
-"""The local judge: log-probabilities of the two answers, in both orders, nothing that prompts share read twice."""
+"""The local judge: log-probabilities of its answers to a pair's prompts, nothing that prompts share read twice."""
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,15 +13,26 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data import tokenizers
+from rlaif_jax.data.encoding import texts_to_tokens
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.prompts import Template, load_template, text_hash
+from rlaif_jax.judge.prompts import (
+    PLAIN,
+    Pair,
+    PromptConfig,
+    Template,
+    chat_frame,
+    encode,
+    load_template,
+    text_hash,
+)
 from rlaif_jax.judge.rationale import RationaleConfig, Reasoner, make_reasoner, reason
+from rlaif_jax.judge.verdict import Verdict, exclusive, verdict
 from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.sampling.buckets import length_buckets
-from rlaif_jax.sampling.trees import Scorer, Tree, grow, score_trees, sum_by_choice
+from rlaif_jax.sampling.trees import Scorer, grow, score_trees, sum_by_choice
 
 _PLANNED = 1024  # trees of a job whose lengths decide what lengths are compiled
 _BEGINNINGS = ("a", "A", "1", " ", "\n", "\n\n", "\t", ".", "'s", "é", "中")  # of texts, each split in its own way
@@ -32,8 +43,7 @@ class JudgeConfig:
     """Which model judges, with which prompt, and how."""
 
     weights: str  # a GGUF file; package:NAME for the one inside an installed package
-    template: str  # a name in rlaif_jax/judge/templates, or the path of a YAML file
-    chain_of_thought: bool  # the judge explains itself before it chooses
+    prompt: PromptConfig
     batch_tokens: int  # tokens scored at a time, padding included
     buckets: int  # different lengths that prompts are padded to, one compiled program each
     bucket_multiple: int  # what all these lengths are multiples of
@@ -44,31 +54,21 @@ class JudgeConfig:
     shuffle_weights: bool  # negative control: permutes the entries of every matrix
     shard_size: int  # pairs in one committed shard of labels
     max_failure_rate: float  # a larger share of unscored pairs stops the stage
+    cache: str  # a folder of labels that runs share, so that no pair is judged twice by one judge; "" for none
     rationale: RationaleConfig  # how rationales are written in a chain of thought
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two responses to one prompt."""
-
-    prompt: str
-    response_a: str
-    response_b: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What the judge said of a pair. Probabilities are of response a; None where `status` is not ok."""
+    """What the judge said of a pair. "forward" is response a in slot 1, or by itself where each is rated."""
 
     status: str  # "ok", "too_long", "identical" or "not_finite"
-    prob_a: float | None
-    prob_a_forward: float | None  # a in slot 1
-    prob_a_reversed: float | None  # a in slot 2
-    rationale_forward: str | None  # of a judge that explains itself
-    rationale_reversed: str | None
-    tokens_forward: int  # of the whole prompt
+    verdict: Verdict | None  # None where `status` is not ok
+    rationale_forward: list[str] | None  # of a judge that explains itself
+    rationale_reversed: list[str] | None
+    tokens_forward: int  # of the longest prompt
     tokens_reversed: int
-    hash_forward: str  # of the whole prompt's text
+    hash_forward: str  # of the prompts' text
     hash_reversed: str
 
 
@@ -83,6 +83,7 @@ class Judge:
     preamble: tuple[int, ...]  # the tokens that all prompts begin with
     choices: tuple[tuple[int, ...], ...]
     weights_hash: str
+    seed: int  # of rationales
     reasoner: Reasoner | None  # where the template asks for a rationale
 
     @property
@@ -95,11 +96,10 @@ class Judge:
             "template_hash": self.template.digest,
         }
 
-    def prompts(self, pair: Pair) -> tuple[str, str]:
-        """The whole prompts of a pair, with response a and with response b in slot 1."""
-        suffix, preamble = self.template.suffix, self.template.preamble
-        forward = preamble + suffix(pair.prompt, pair.response_a, pair.response_b)
-        return forward, preamble + suffix(pair.prompt, pair.response_b, pair.response_a)
+    @property
+    def samples(self) -> int:
+        """Rationales a prompt."""
+        return self.reasoner.samples if self.reasoner else 1
 
 
 class Plan(NamedTuple):
@@ -114,18 +114,14 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
 
     Raises UserError where the choices can't be told apart, and where the preamble leaves no room for a pair.
     """
-    template = load_template(config.template, config.chain_of_thought)
     reader = gguf.open_gguf(config.weights)
     tokenizer = tokenizers.from_gguf(reader)
-    choices = tuple(tuple(tokens) for tokens in _tokens(tokenizer, template.choices))
-    if choices[0] == choices[1]:
-        raise UserError(f"judge template {template.name}: the tokenizer reads both choices as the same tokens")
+    frame = chat_frame(tokenizer) if config.prompt.chat else PLAIN
+    template = dataclasses.replace(load_template(config.prompt), frame=frame)
+    choices = tuple(tuple(tokens) for tokens in texts_to_tokens(tokenizer, template.choices))
+    if len(set(choices)) < len(choices):
+        raise UserError(f"judge template {template.name}: the tokenizer reads two choices as the same tokens")
     preamble = _shared_tokens(tokenizer, template)
-    if len(preamble) >= config.max_length:
-        raise UserError(
-            f"the preamble of judge template {template.name} has {len(preamble)} tokens, which leaves no room for "
-            f"a pair in judge.max_length={config.max_length}"
-        )
     shape = dataclasses.replace(gguf.model_config(reader), dtype=config.dtype, attention=config.attention)
     stacked = LanguageModel(shape)
     weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
@@ -136,86 +132,116 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
     reasoner = None
     if template.reasoning:
-        reasoner = make_reasoner(config.rationale, template.reasoning, tokenizer, scorer, choices, seed)
-    return Judge(config, template, tokenizer, scorer, preamble, choices, gguf.weights_hash(config.weights), reasoner)
+        reasoner = make_reasoner(config.rationale, template, tokenizer, scorer, choices, seed)
+    after = _tokens_after(reasoner, choices)
+    if len(preamble) + after >= config.max_length:
+        raise UserError(
+            f"the preamble of judge template {template.name} has {len(preamble)} tokens and what follows a pair up to "
+            f"{after} (judge.rationale.max_new_tokens), which leaves no room for a pair in "
+            f"judge.max_length={config.max_length}"
+        )
+    weights_hash = gguf.weights_hash(config.weights)
+    return Judge(config, template, tokenizer, scorer, preamble, choices, weights_hash, seed, reasoner)
 
 
 def plan_judging(judge: Judge, pairs: Sequence[Pair]) -> Plan:
     """The shapes for a job, from the lengths of about `_PLANNED` of its trees, spread evenly over it."""
     groups = _groups(pairs, judge.config.pairs_per_tree)
     some = groups[:: math.ceil(len(groups) / _PLANNED)] if groups else []
-    lengths = [len(_tree(judge, suffix_tokens(judge, [pairs[i] for i in group]))) for group in some]
+    rests = ([rest for i in group for rest in suffix_tokens(judge, pairs[i])] for group in some)
+    lengths = [len(grow(prompts, judge.choices)) for prompts in rests]
     buckets = length_buckets(lengths, judge.config.buckets, judge.config.bucket_multiple) if lengths else []
-    return Plan(buckets, 2 * max(map(len, groups), default=0) * sum(map(len, judge.choices)))
+    questions = 2 * max(map(len, groups), default=0) * len(judge.template.questions)
+    return Plan(buckets, questions * sum(map(len, judge.choices)))
 
 
 def judge_pairs(
-    judge: Judge, pairs: Sequence[Pair], plan: Plan, first_pair: int, on_prompts: Callable[[int], object]
+    judge: Judge,
+    pairs: Sequence[Pair],
+    plan: Plan | None = None,
+    ids: Sequence[int] | None = None,
+    on_prompts: Callable[[float], object] = lambda prompts: None,
 ) -> list[Judgement]:
-    """Judges each pair in both orders and averages (Lee et al., arXiv 2309.00267, section 2.1.1).
+    """Judges each pair in both orders and averages, or rates both responses (`judge.verdict`).
 
-    plan: of the job that the pairs are part of. first_pair: the number of the first one in the job, on which
-    rationales depend. `on_prompts` is told of prompts that are scored, and how many.
+    plan: of the job that the pairs are part of. ids: the number of each in the job, on which its rationales depend.
+    Without them the pairs are the job. `on_prompts` is told of prompts that are scored, and how many.
     """
-    answers = answer_pairs(judge, pairs, plan, first_pair, on_prompts)
+    plan = plan or plan_judging(judge, pairs)
+    answers = answer_pairs(judge, pairs, plan, range(len(pairs)) if ids is None else ids, on_prompts)
     return [_judgement(judge, pair, i, answers) for i, pair in enumerate(pairs)]
 
 
-class Answers(NamedTuple):
-    """What a judge answered to both prompts of each pair: with response a and with response b in slot 1."""
+def _tokens_after(reasoner: Reasoner | None, choices: Sequence[tuple[int, ...]]) -> int:
+    """The most tokens that follow a prompt and are read."""
+    return reasoner.tokens_after if reasoner else max(map(len, choices)) - 1
 
-    logprobs: np.ndarray  # [pairs, order, slot] float64, of the choices; NaN where a prompt is not scored
-    lengths: np.ndarray  # [pairs, order] tokens of the whole prompts
-    fits: np.ndarray  # [pairs] bool: both prompts, and what is to follow them, are within the judge's length
-    rationales: dict[tuple[int, int], str]  # (pair, order) -> rationale
+
+class Answers(NamedTuple):
+    """What a judge answered. "side" is the order of a pair, or which response is rated."""
+
+    logprobs: np.ndarray  # [pairs, side, sample, question, choice] float64; NaN where a prompt is not scored
+    lengths: np.ndarray  # [pairs, side] tokens of the longest prompt
+    fits: np.ndarray  # [pairs] bool: all prompts, and what is to follow them, are within the judge's length
+    rationales: dict[tuple[int, int], list[str]]  # (pair, side) -> one a sample
 
 
 def answer_pairs(
-    judge: Judge, pairs: Sequence[Pair], plan: Plan, first_pair: int, on_prompts: Callable[[int], object]
+    judge: Judge, pairs: Sequence[Pair], plan: Plan, ids: Sequence[int], on_prompts: Callable[[float], object]
 ) -> Answers:
-    """The log-probabilities of both choices in both orders; the arguments are those of `judge_pairs`."""
-    rests = suffix_tokens(judge, pairs)
-    after = judge.reasoner.tokens_after if judge.reasoner else max(map(len, judge.choices)) - 1
-    lengths = np.array([len(judge.preamble) + len(rest) for rest in rests]).reshape(-1, 2)
-    fits = np.all(lengths + after <= judge.config.max_length, axis=1)
-    answers = Answers(np.full((len(pairs), 2, 2), np.nan), lengths, fits, {})
-    wanted = [i for i, pair in enumerate(pairs) if fits[i] and pair.response_a != pair.response_b]
+    """The log-probabilities of all choices to all questions; the arguments are those of `judge_pairs`."""
+    rests = [suffix_tokens(judge, pair) for pair in pairs]
+    lengths = np.array([[len(rest) for rest in prompts] for prompts in rests]).reshape(len(pairs), 2, -1).max(axis=2)
+    lengths += len(judge.preamble)
+    fits = np.all(lengths + _tokens_after(judge.reasoner, judge.choices) <= judge.config.max_length, axis=1)
+    shape = (len(pairs), 2, judge.samples, len(judge.template.questions), len(judge.choices))
+    answers = Answers(np.full(shape, np.nan), lengths, fits, {})
+    wanted = {i: None for i, pair in enumerate(pairs) if fits[i] and pair.response_a != pair.response_b}
     if judge.reasoner:
-        rows = [(i, order) for i in wanted for order in (0, 1)]
-        row_ids = [2 * (first_pair + i) + order for i, order in rows]
-        prompts = [rests[2 * i + order] for i, order in rows]
-        for row, (text, scores) in reason(judge.reasoner, prompts, row_ids):
-            answers.logprobs[rows[row]], answers.rationales[rows[row]] = scores, text
-            on_prompts(1)
+        sides = [(i, side) for i in wanted for side in (0, 1)]
+        prompts, numbers = [rests[i][side] for i, side in sides], [2 * ids[i] + side for i, side in sides]
+        for prompt, sample, text, scores in reason(judge.reasoner, prompts, numbers):
+            answers.logprobs[sides[prompt]][sample] = scores
+            answers.rationales.setdefault(sides[prompt], [""] * judge.samples)[sample] = text
+            on_prompts(1 / judge.samples)
     else:
         for chosen, scores in _score(judge, pairs, wanted, rests, plan):
-            answers.logprobs[chosen] = scores
+            answers.logprobs[chosen, :, 0] = scores
             on_prompts(2 * len(chosen))
     return answers
 
 
+def pair_hashes(judge: Judge, pair: Pair) -> tuple[str, str]:
+    """Hashes of the text of a pair's prompts, by side: what tells whether two labels are of the same question."""
+    texts = [prompt.text for prompt in judge.template.asked(pair)]
+    half = len(texts) // 2
+    return text_hash("\x00".join(texts[:half])), text_hash("\x00".join(texts[half:]))
+
+
 def _judgement(judge: Judge, pair: Pair, i: int, answers: Answers) -> Judgement:
-    forward, backward = (_log_odds(row) for row in answers.logprobs[i])
-    status = _status(pair, bool(answers.fits[i]), forward, backward)
-    prob_a = prob_forward = prob_reversed = None
-    if status == "ok":
-        prob_forward, prob_reversed = _sigmoid(forward), _sigmoid(-backward)
-        prob_a = (prob_forward + prob_reversed) / 2
-    rationales = (answers.rationales.get((i, order)) for order in (0, 1))
-    hashes = map(text_hash, judge.prompts(pair))
-    return Judgement(status, prob_a, prob_forward, prob_reversed, *rationales, *answers.lengths[i].tolist(), *hashes)
+    found = verdict(judge.template, exclusive(answers.logprobs[i], judge.choices))
+    status = "ok" if found else "not_finite"
+    if not answers.fits[i]:
+        status = "too_long"
+    elif pair.response_a == pair.response_b:
+        status = "identical"
+    rationales = (answers.rationales.get((i, side)) for side in (0, 1))
+    found = found if status == "ok" else None
+    return Judgement(status, found, *rationales, *answers.lengths[i].tolist(), *pair_hashes(judge, pair))
 
 
 def _score(
-    judge: Judge, pairs: Sequence[Pair], wanted: list[int], rests: list[list[int]], plan: Plan
+    judge: Judge, pairs: Sequence[Pair], wanted: Collection[int], rests: list[list[list[int]]], plan: Plan
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Log-probs of the two choices in both orders: yields (pairs, [pairs, order, slot] float64) tree by tree."""
-    groups = _groups([pairs[i] for i in wanted], judge.config.pairs_per_tree)
-    members = [[wanted[i] for i in group] for group in groups]
-    trees = [_tree(judge, [rest for i in group for rest in rests[2 * i : 2 * i + 2]]) for group in members]
+    """Log-probs without rationales: yields (pairs, [pairs, side, question, choice] float64) tree by tree."""
+    # Grouped as planned: what can't be scored leaves its group, and parts no other.
+    groups = ([i for i in group if i in wanted] for group in _groups(pairs, judge.config.pairs_per_tree))
+    members = [group for group in groups if group]
+    trees = [grow([rest for i in group for rest in rests[i]], judge.choices) for group in members]
     for index, logprobs in score_trees(judge.scorer, trees, plan.buckets, plan.asked):
-        chosen = members[index]
-        yield chosen, sum_by_choice(logprobs, 2 * len(chosen), judge.choices).reshape(-1, 2, 2)
+        chosen, questions = members[index], len(judge.template.questions)
+        scores = sum_by_choice(logprobs, 2 * len(chosen) * questions, judge.choices)
+        yield chosen, scores.reshape(len(chosen), 2, questions, -1)
 
 
 def _groups(pairs: Sequence[Pair], limit: int) -> list[list[int]]:
@@ -227,44 +253,24 @@ def _groups(pairs: Sequence[Pair], limit: int) -> list[list[int]]:
     return groups
 
 
-def _tree(judge: Judge, rests: Sequence[Sequence[int]]) -> Tree:
-    return grow(rests, judge.choices)
-
-
-def suffix_tokens(judge: Judge, pairs: Sequence[Pair]) -> list[list[int]]:
-    """What follows the preamble's tokens in both prompts of each pair: two token lists a pair."""
-    texts = [text for pair in pairs for text in judge.prompts(pair)]
-    count, rests = len(judge.preamble), []
-    for text, tokens in zip(texts, _tokens(judge.tokenizer, texts), strict=True):
+def suffix_tokens(judge: Judge, pair: Pair) -> list[list[int]]:
+    """What follows the preamble's tokens in each prompt of a pair."""
+    count, prompts = len(judge.preamble), judge.template.asked(pair)
+    rests = []
+    for prompt, tokens in zip(prompts, encode(judge.tokenizer, prompts), strict=True):
         if tuple(tokens[:count]) != judge.preamble:  # a tokenizer that looks far ahead: the same text, split here
-            shared = judge.tokenizer.decode(judge.preamble)
-            tokens = [*judge.preamble, *_tokens(judge.tokenizer, [text.removeprefix(shared)])[0]]
+            message = prompt.message[len(judge.tokenizer.decode(judge.preamble)) - len(prompt.opening) :]
+            (rest,) = encode(judge.tokenizer, [prompt._replace(opening="", message=message)])
+            tokens = [*judge.preamble, *rest]
         rests.append(tokens[count:])
     return rests
 
 
 def _shared_tokens(tokenizer: PreTrainedTokenizerFast, template: Template) -> tuple[int, ...]:
     """The tokens that all prompts of a template begin with, whatever their texts begin with."""
-    texts = [template.preamble + template.suffix(begin, begin, begin) for begin in _BEGINNINGS]
-    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*_tokens(tokenizer, texts), strict=False))
+    prompts = [prompt for begin in _BEGINNINGS for prompt in template.asked(Pair(begin, begin, begin))]
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*encode(tokenizer, prompts), strict=False))
     return tuple(tokens[0] for tokens in alike)
-
-
-def _status(pair: Pair, fits: bool, forward: float, backward: float) -> str:
-    if not fits:
-        return "too_long"
-    if pair.response_a == pair.response_b:
-        return "identical"
-    return "ok" if math.isfinite(forward) and math.isfinite(backward) else "not_finite"
-
-
-def _log_odds(logprobs: np.ndarray) -> float:
-    """Of slot 1 over slot 2: the softmax over the two answers alone (arXiv 2309.00267, section 2.1)."""
-    return float(logprobs[0] - logprobs[1])
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -272,7 +278,3 @@ def read_prefix(model: LanguageModel, params, tokens: jax.Array) -> KVCache:
     """The cache of one row, all of it real tokens."""
     _, cache = model.apply({"params": params}, tokens, jnp.ones_like(tokens), keep_keys=True)
     return cache.replace(mask=None)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []

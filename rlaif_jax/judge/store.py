@@ -1,30 +1,45 @@
 """The label store: judged pairs in Parquet shards, each committed in one step and never judged again.
 
-A shard is `shards/NUMBER.HASH.parquet`. The checksum is in the name, so that no kill can part it from the bytes.
+A shard is `shards/NUMBER.HASH.parquet`. The checksum is in the name, so that no kill can part it from the bytes. Pairs
+that failed and were scored when they were tried again are in `shards/retry-...`, which is appended, never rewritten.
 """
 
+import collections
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from etils import epath
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_shards, write_checked_parquet, write_json, write_parquet
-from rlaif_jax.judge.score import Judge, Judgement, Pair, judge_pairs, plan_judging
+from rlaif_jax.files import read_shard, read_shards, replacing, write_checked_parquet, write_json
+from rlaif_jax.judge.prompts import Pair, text_hash
+from rlaif_jax.judge.score import Judge, Judgement, Plan, judge_pairs, pair_hashes, plan_judging
+from rlaif_jax.judge.verdict import Verdict
 from rlaif_jax.progress import progress
 
+_TEXTS = pa.list_(pa.string())
 SCHEMA = pa.schema(
     [
+        ("row", pa.int64()),
         ("prompt", pa.string()),
         ("response_a", pa.string()),
         ("response_b", pa.string()),
         ("prob_a", pa.float64()),
         ("prob_a_forward", pa.float64()),
         ("prob_a_reversed", pa.float64()),
-        ("rationale_forward", pa.string()),
-        ("rationale_reversed", pa.string()),
+        ("prob_a_axes", pa.list_(pa.float64())),
+        ("rating_a", pa.float64()),
+        ("rating_b", pa.float64()),
+        ("answer_mass", pa.float64()),
+        ("rationale_forward", _TEXTS),
+        ("rationale_reversed", _TEXTS),
         ("status", pa.string()),
         ("judge", pa.string()),
         ("judge_hash", pa.string()),
@@ -36,67 +51,210 @@ SCHEMA = pa.schema(
         ("hash_reversed", pa.string()),
     ]
 )
+UNSCORED = ("too_long", "not_finite")  # failures; two equal responses have nothing to compare, which is none
+_RETRIED = ("not_finite",)  # what another try may mend
+_REMEDY = "its pairs alone are judged again"
 
 
-def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: str) -> pa.Table:
-    """Judges `pairs` into `folder`/preferences.parquet, one row a pair in their order, and returns the table.
+class Worker(NamedTuple):
+    """One of several processes that label disjoint shards of one job."""
 
-    Shards that an earlier run committed are kept. A pair that could not be scored stays in the table with its
-    typed status and no label. Raises UserError where a committed shard is damaged, and where more than
+    index: int
+    count: int
+
+
+ALONE = Worker(0, 1)
+
+
+def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: str, worker: Worker = ALONE) -> bool:
+    """Judges `pairs` into `folder`/preferences.parquet, one row a pair in their order; False until all are judged.
+
+    Shards that an earlier run committed are kept, and no pair is judged twice: rows with the same prompts share what
+    was said of the first. A pair that could not be scored stays in the table with its typed status and no label, and
+    is tried again by itself. With several workers, each judges every `worker.count`-th shard, and the one that finds
+    all shards there writes the table. Raises UserError where a committed shard is damaged, and where more than
     `judge.max_failure_rate` of the pairs failed.
     """
     size, shards = judge.config.shard_size, folder / "shards"
-    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    committed = _committed(shards, judge)
-    done = sum(len(chosen) for i, chosen in enumerate(batches) if i in committed)
-    plan = plan_judging(judge, pairs) if len(committed) < len(batches) else None
-    with progress(None, description, total=2 * len(pairs), initial=2 * done, unit="prompt") as bar:
-        for i, chosen in enumerate(batches):
-            if i not in committed:
-                judged = _table(judge, chosen, judge_pairs(judge, chosen, plan, i * size, bar.update))
-                committed[i] = write_checked_parquet(shards, f"{i:05d}", judged).name, judged
-    names, tables = zip(*(committed[i] for i in range(len(batches))), strict=True)
-    table = pa.concat_tables(tables)
-    write_parquet(folder / "preferences.parquet", table)
-    write_json(folder / "manifest.json", _manifest(judge, table, names))
-    _check_failures(table, judge.config.max_failure_rate, folder)
-    return table
+    batches = [range(start, min(start + size, len(pairs))) for start in range(0, len(pairs), size)]
+    known, done, failed = Known(judge), set(), []
+    for path, table in read_shards(shards, _REMEDY):
+        _check_judge(judge, path, table)
+        known.add(path, table)
+        if not path.name.startswith("retry"):
+            done.add(int(path.name.split(".")[0]))
+            failed += _failures(table)
+        else:
+            failed = [row for row in failed if row not in set(table["row"].to_pylist())]
+    mine = [i for i in range(len(batches)) if i not in done and i % worker.count == worker.index]
+    if mine:
+        plan = plan_judging(judge, pairs)
+        finished = sum(len(batches[i]) for i in done)
+        with progress(None, description, total=2 * len(pairs), initial=2 * finished, unit="prompt") as bar:
+            for i in mine:
+                began = time.perf_counter()
+                table = _judge(judge, pairs, batches[i], plan, known, bar.update)
+                known.add(write_checked_parquet(shards, f"{i:05d}", table), table)
+                failed += _failures(table)
+                _note_time(folder, i, table, time.perf_counter() - began)
+    failed = [row for row in failed if row // size % worker.count == worker.index]
+    if failed:
+        _retry(judge, pairs, failed, shards, worker)
+    there = {int(path.name.split(".")[0]) for path in shards.glob("[0-9]*.*.parquet")}  # other workers' among them
+    if not there.issuperset(range(len(batches))):
+        return False
+    _check_failures(_assemble(judge, folder, len(batches)), judge.config.max_failure_rate, folder)
+    return True
 
 
-def _committed(folder: epath.Path, judge: Judge) -> dict[int, tuple[str, pa.Table]]:
-    """Names and tables of the shards in `folder` by their number.
+class Known:
+    """Where the labels are that this judge has given before, by the hashes of their prompts.
 
-    Raises UserError where one is damaged, and where another judge or template wrote it.
+    Only what a pair's text decides is known: with rationales drawn at random, every row has its own.
     """
-    shards = read_shards(folder, "its pairs alone are judged again")
-    for shard, table in shards.items():
-        for name, value in judge.provenance.items():
-            others = set(table[name].to_pylist()) - {value}
-            if others:
-                raise UserError(
-                    f"{shard} was labelled with {name}={others.pop()!r}, now it is {value!r}: use another --workdir, "
-                    f"or delete {folder}"
-                )
-    return {int(shard.name.split(".")[0]): (shard.name, table) for shard, table in shards.items()}
+
+    def __init__(self, judge: Judge):
+        self._where: dict[tuple, tuple[epath.Path, int]] = {}
+        self._on = judge.reasoner is None or judge.reasoner.sampler.sampling.temperature == 0
+        self._shared: epath.Path | None = None
+        if judge.config.cache and self._on:
+            self._shared = epath.Path(judge.config.cache) / _identity(judge)
+            for path, table in read_shards(self._shared, _REMEDY):
+                self.add(path, table)
+
+    def key(self, judge: Judge, row: int, pair: Pair) -> tuple:
+        """What tells a label from another one's."""
+        return pair_hashes(judge, pair) if self._on else (row,)
+
+    def add(self, path: epath.Path, table: pa.Table) -> None:
+        """Remembers the labels of a shard."""
+        if self._on:
+            columns = (table[name].to_pylist() for name in ("hash_forward", "hash_reversed", "status"))
+            for i, (forward, backward, status) in enumerate(zip(*columns, strict=True)):
+                if status == "ok":  # a failure is never what a later run is told
+                    self._where.setdefault((forward, backward), (path, i))
+
+    def find(self, keys: Collection[tuple]) -> dict[tuple, dict]:
+        """The rows of those that are known."""
+        wanted: dict[epath.Path, dict] = {}
+        for key in keys:
+            if key in self._where:
+                path, i = self._where[key]
+                wanted.setdefault(path, {})[key] = i
+        found = {}
+        for path, rows in wanted.items():
+            table = read_shard(path, _REMEDY)
+            found |= {key: table.slice(i, 1).to_pylist()[0] for key, i in rows.items()}
+        return found
+
+    def share(self, table: pa.Table) -> None:
+        """Puts new labels where other runs find them."""
+        table = scored(table)
+        if self._shared is not None and table.num_rows:
+            write_checked_parquet(self._shared, f"{time.time_ns()}", table)
 
 
-def check_row(table: pa.Table, row: int) -> pa.Table:
-    """`table`. Raises UserError where it has no such row."""
-    if not 0 <= row < table.num_rows:
-        raise UserError(f"no label row {row}: the file has rows 0 to {table.num_rows - 1}")
-    return table
+def _identity(judge: Judge) -> str:
+    """A hash of all that a label depends on beside its prompts."""
+    config = judge.config
+    shuffled = (config.shuffle_weights, judge.seed if config.shuffle_weights else 0)
+    rationale = (config.rationale.samples, config.rationale.max_new_tokens, config.rationale.sampler.cache_dtype)
+    parts = (judge.weights_hash, judge.template.digest, config.dtype, config.max_length, *shuffled)
+    return text_hash(repr(parts + (rationale if judge.reasoner else ())))
+
+
+def _judge(judge: Judge, pairs, rows: Sequence[int], plan: Plan, known: Known, on_prompts) -> pa.Table:
+    """The labels of `rows`, judged or known."""
+    keys = {row: known.key(judge, row, pairs[row]) for row in rows}
+    found = known.find(set(keys.values()))
+    first = {key: row for row, key in reversed(keys.items()) if key not in found}  # of rows that ask the same
+    fresh = sorted(first.values())
+    judgements = judge_pairs(judge, [pairs[row] for row in fresh], plan, fresh, on_prompts)
+    judged = [_row(judge, row, pairs[row], judgement) for row, judgement in zip(fresh, judgements, strict=True)]
+    known.share(_table(judged))
+    found |= {keys[row["row"]]: row for row in judged}
+    on_prompts(2 * (len(rows) - len(fresh)))
+    texts = {row: dataclasses.asdict(pairs[row]) for row in rows}
+    return _table([found[keys[row]] | texts[row] | {"row": row} for row in rows])
+
+
+def _retry(judge: Judge, pairs, rows: Sequence[int], shards: epath.Path, worker: Worker) -> None:
+    """Judges rows that failed again, each by itself, and keeps those that are now scored."""
+    judged, plan = [], plan_judging(judge, [pairs[row] for row in rows])
+    for row in rows:
+        (judgement,) = judge_pairs(judge, [pairs[row]], plan, [row])
+        judged.append(_row(judge, row, pairs[row], judgement))
+    if mended := [row for row in judged if row["status"] == "ok"]:
+        write_checked_parquet(shards, f"retry-{time.time_ns()}-{worker.index}", _table(mended))
+
+
+def _assemble(judge: Judge, folder: epath.Path, count: int) -> collections.Counter:
+    """Writes table and manifest from the shards, one at a time, and counts the rows by status."""
+    shards, statuses, names = folder / "shards", collections.Counter(), []
+    retried = {}
+    for path in sorted(shards.glob("retry-*.parquet")):
+        retried |= {row["row"]: row for row in read_shard(path, _REMEDY).to_pylist()}
+        names.append(path.name)
+    with _parquet(folder / "preferences.parquet") as writer:
+        for path, table in read_shards(shards, _REMEDY):
+            if path.name.startswith("retry") or int(path.name.split(".")[0]) >= count:
+                continue
+            if retried and any(row in retried for row in table["row"].to_pylist()):
+                table = _table([retried.get(row["row"], row) for row in table.to_pylist()])
+            writer.write_table(table)
+            statuses.update(table["status"].to_pylist())
+            names.append(path.name)
+    write_json(
+        folder / "manifest.json",
+        judge.provenance
+        | {
+            "method": judge.template.method,
+            "axes": list(judge.template.axes) if len(judge.template.axes) > 1 else [],
+            "preamble_tokens": len(judge.preamble),
+            "rows": statuses.total(),
+            "status": dict(statuses),
+            "shards": sorted(names),
+        },
+    )
+    return statuses
+
+
+@contextlib.contextmanager
+def _parquet(path: epath.Path) -> Iterator[pq.ParquetWriter]:
+    with replacing(path) as temporary, temporary.open("wb") as file, pq.ParquetWriter(file, SCHEMA) as writer:
+        yield writer
+
+
+def _check_judge(judge: Judge, shard: epath.Path, table: pa.Table) -> None:
+    """Raises UserError where another judge or template wrote the shard."""
+    for name, value in judge.provenance.items():
+        others = set(table[name].to_pylist()) - {value}
+        if others:
+            raise UserError(
+                f"{shard} was labelled with {name}={others.pop()!r}, now it is {value!r}: use another --workdir, "
+                f"or delete {shard.parent}"
+            )
+
+
+def _failures(table: pa.Table) -> list[int]:
+    """The rows that another try may mend."""
+    statuses = zip(table["row"].to_pylist(), table["status"].to_pylist(), strict=True)
+    return [row for row, status in statuses if status in _RETRIED]
+
+
+def _note_time(folder: epath.Path, shard: int, table: pa.Table, seconds: float) -> None:
+    tokens = sum(sum(table[name].to_pylist()) for name in ("tokens_forward", "tokens_reversed"))
+    line = {"shard": shard, "pairs": table.num_rows, "prompt_tokens": tokens, "seconds": round(seconds, 3)}
+    with (folder / "timing.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def replay(judge: Judge, table: pa.Table, row: int) -> tuple[dict, dict]:
-    """Judges row `row` of a label table afresh. Returns the stored and the new fields of that row.
-
-    Raises UserError where there is no such row.
-    """
-    check_row(table, row)
+    """Judges row `row` of a label table afresh. Returns the stored and the new fields of that row."""
     stored = table.slice(row, 1).to_pylist()[0]
     pair = Pair(stored["prompt"], stored["response_a"], stored["response_b"])
-    judgement = judge_pairs(judge, [pair], plan_judging(judge, [pair]), row, lambda prompts: None)
-    return stored, _table(judge, [pair], judgement).to_pylist()[0]
+    (judgement,) = judge_pairs(judge, [pair], ids=[row])
+    return stored, _table([_row(judge, row, pair, judgement)]).to_pylist()[0]
 
 
 def same_label(stored: dict, fresh: dict, tolerance: float = 1e-4) -> bool:
@@ -104,6 +262,8 @@ def same_label(stored: dict, fresh: dict, tolerance: float = 1e-4) -> bool:
 
     def agrees(name: str) -> bool:
         old, new = stored[name], fresh[name]
+        if name == "prob_a_axes" and old and new:
+            return bool(np.allclose(old, new, rtol=0, atol=tolerance))
         if isinstance(old, float) and isinstance(new, float):
             return abs(old - new) <= tolerance
         return old == new
@@ -116,37 +276,28 @@ def scored(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(np.asarray(table["status"]) == "ok"))
 
 
-def _table(judge: Judge, pairs: Sequence[Pair], judgements: Sequence[Judgement]) -> pa.Table:
-    rows = [
-        dataclasses.asdict(pair) | dataclasses.asdict(judgement) | judge.provenance
-        for pair, judgement in zip(pairs, judgements, strict=True)
-    ]
+_VERDICT = Verdict._fields
+
+
+def _row(judge: Judge, row: int, pair: Pair, judgement: Judgement) -> dict:
+    found = dataclasses.asdict(judgement) | dataclasses.asdict(pair) | judge.provenance | {"row": row}
+    verdict = found.pop("verdict")
+    return found | (dict.fromkeys(_VERDICT) if verdict is None else judgement.verdict._asdict())
+
+
+def _table(rows: Sequence[Mapping]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def human_table(comparisons: Sequence[dict]) -> pa.Table:
     """A label table of comparisons by people: `prompt`, `response_a`, `response_b`, `prob_a` (1 or 0)."""
-    rows = [dict.fromkeys(SCHEMA.names) | row | {"status": "ok", "judge": "human"} for row in comparisons]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    every = dict.fromkeys(SCHEMA.names) | {"status": "ok", "judge": "human"}
+    return _table([every | row | {"row": i} for i, row in enumerate(comparisons)])
 
 
-def _statuses(table: pa.Table) -> dict[str, int]:
-    return {row["values"]: row["counts"] for row in table["status"].value_counts().to_pylist()}
-
-
-def _manifest(judge: Judge, table: pa.Table, shards: Sequence[str]) -> dict:
-    return judge.provenance | {
-        "preamble_tokens": len(judge.preamble),
-        "rows": table.num_rows,
-        "status": _statuses(table),
-        "shards": list(shards),
-    }
-
-
-def _check_failures(table: pa.Table, limit: float, folder: epath.Path) -> None:
-    # Two equal responses have nothing to compare: no label, but no failure of the judge either.
-    failures = {status: n for status, n in _statuses(table).items() if status not in ("ok", "identical")}
-    rate = sum(failures.values()) / table.num_rows
+def _check_failures(statuses: Mapping[str, int], limit: float, folder: epath.Path) -> None:
+    failures = {status: n for status, n in statuses.items() if status in UNSCORED}
+    rate = sum(failures.values()) / sum(statuses.values())
     if rate > limit:
         raise UserError(
             f"{rate:.1%} of the pairs in {folder} could not be scored ({failures}), more than "

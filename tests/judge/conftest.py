@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from rlaif_jax.judge.score import Pair, load_judge
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import load_judge
 from rlaif_jax.models.parameters import Placement
 from tests.helpers import one_device_mesh, quickstart_config
 from tests.tiny_judge import write_judge
@@ -25,7 +26,9 @@ def config(tmp_path_factory):
 LONG = Pair("x", "word " * 400, "b")
 
 
-def judge_with(config, placement=None, **changes):
+def judge_with(config, placement=None, prompt=None, **changes):
+    """A judge of `config` with changes, those of its prompt in a mapping of their own."""
+    changes["prompt"] = dataclasses.replace(config.prompt, **(prompt or {}))
     return load_judge(dataclasses.replace(config, **changes), 0, placement or Placement(one_device_mesh()))
 
 

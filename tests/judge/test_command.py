@@ -15,7 +15,7 @@ def run(judge, *arguments):
 
 
 def probabilities(out):
-    return [float(line.split("│")[2]) for line in out.splitlines() if "first  " in line or "both orders" in line]
+    return [float(line.split("│")[2]) for line in out.splitlines() if "first  " in line or "both sides" in line]
 
 
 def test_both_orders_are_shown_with_their_exact_prompts(judge, capfd):

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlaif_jax.judge.score import Pair, judge_pairs, plan_judging
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import judge_pairs, plan_judging
 from tests.judge.conftest import judge_with
 
 LIMIT = 8
@@ -28,7 +29,9 @@ def test_a_thousand_prompts_of_mixed_lengths_take_few_compiled_programs(config):
         judgements = [
             judgement
             for start in range(0, len(pairs), 50)  # a shard at a time, as a job does
-            for judgement in judge_pairs(judge, pairs[start : start + 50], plan, start, lambda prompts: None)
+            for judgement in judge_pairs(
+                judge, pairs[start : start + 50], plan, range(start, start + 50), lambda prompts: None
+            )
         ]
     finally:
         jax.monitoring.unregister_event_duration_listener(count)

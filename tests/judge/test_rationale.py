@@ -2,11 +2,14 @@ import dataclasses
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from rlaif_jax.errors import UserError
 from rlaif_jax.judge import store
-from rlaif_jax.judge.score import judge_pairs, plan_judging
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import answer_pairs, judge_pairs, plan_judging
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import MeshConfig, make_mesh
@@ -14,7 +17,7 @@ from tests.helpers import full_logits
 from tests.judge.conftest import LONG, PAIRS, judge_with
 
 TEMPLATE = {
-    "instruction": "Which reply is better?",
+    "preambles": {"base": "Which reply is better?"},
     "comparison": "Q: {prompt}\n1: {response_1}\n2: {response_2}\n",
     "verdict": "\nSo, ",
     "reasoning": {"cue": "Because", "stop": ["oo", "?"]},
@@ -29,11 +32,8 @@ def reasoning(config, tmp_path_factory):
     path = tmp_path_factory.mktemp("reasoning") / "template.yaml"
     path.write_text(yaml.safe_dump(TEMPLATE))
     rationale = dataclasses.replace(config.rationale, max_new_tokens=LIMIT)
-    return judge_with(config, template=str(path), chain_of_thought=True, rationale=rationale)
-
-
-def score(judge, pairs, first_pair=0):
-    return judge_pairs(judge, pairs, plan_judging(judge, pairs), first_pair, lambda prompts: None)
+    prompt = {"template": str(path), "chain_of_thought": True, "shots": 0}
+    return judge_with(config, prompt=prompt, rationale=rationale)
 
 
 def by_hand(judge, text):
@@ -64,18 +64,20 @@ def by_hand(judge, text):
 
 
 def test_the_choice_is_scored_after_the_judges_own_rationale(reasoning):
-    for pair, judgement in zip(PAIRS, score(reasoning, PAIRS), strict=True):
-        forward, reverse = (by_hand(reasoning, text) for text in reasoning.prompts(pair))
-        assert forward[0].startswith(judgement.rationale_forward)
-        assert reverse[0].startswith(judgement.rationale_reversed)
-        assert not any(stop in judgement.rationale_forward for stop in TEMPLATE["reasoning"]["stop"])
+    for pair, judgement in zip(PAIRS, judge_pairs(reasoning, PAIRS), strict=True):
+        forward, reverse = (by_hand(reasoning, prompt.text) for prompt in reasoning.template.asked(pair))
+        assert forward[0].startswith(judgement.rationale_forward[0])
+        assert reverse[0].startswith(judgement.rationale_reversed[0])
+        assert not any(stop in judgement.rationale_forward[0] for stop in TEMPLATE["reasoning"]["stop"])
         expected = 1 / (1 + np.exp(-forward[1])), 1 / (1 + np.exp(reverse[1]))
-        np.testing.assert_allclose((judgement.prob_a_forward, judgement.prob_a_reversed), expected, atol=1e-4)
+        np.testing.assert_allclose(
+            (judgement.verdict.prob_a_forward, judgement.verdict.prob_a_reversed), expected, atol=1e-4
+        )
 
 
 def test_a_prompt_without_room_for_a_rationale_has_no_label(reasoning):
-    (judgement,) = score(reasoning, [dataclasses.replace(LONG, prompt="word " * 2030)])
-    assert (judgement.status, judgement.prob_a, judgement.rationale_forward) == ("too_long", None, None)
+    (judgement,) = judge_pairs(reasoning, [dataclasses.replace(LONG, prompt="word " * 2030)])
+    assert (judgement.status, judgement.verdict, judgement.rationale_forward) == ("too_long", None, None)
 
 
 def test_rationales_are_kept_in_the_label_file_and_replayed_with_their_own_randomness(reasoning, tmp_path):
@@ -83,19 +85,52 @@ def test_rationales_are_kept_in_the_label_file_and_replayed_with_their_own_rando
     sampler = dataclasses.replace(reasoning.reasoner.sampler, sampling=warm)
     judge = dataclasses.replace(reasoning, reasoner=dataclasses.replace(reasoning.reasoner, sampler=sampler))
     pairs = [PAIRS[0]] * 3
-    table = store.label(judge, pairs, tmp_path, "label")
-    rationales = table["rationale_forward"].to_pylist() + table["rationale_reversed"].to_pylist()
-    assert len(set(rationales)) == len(rationales)
+    assert store.label(judge, pairs, tmp_path, "label")
+    table = pq.read_table(tmp_path / "preferences.parquet")
+    rationales = [text for side in ("forward", "reversed") for (text,) in table[f"rationale_{side}"].to_pylist()]
+    assert len(set(rationales)) == len(rationales) == 6
     stored, fresh = store.replay(judge, table, 2)
     assert store.same_label(stored, fresh)
-    assert not store.same_label(stored | {"rationale_forward": "?"}, fresh)
+    assert not store.same_label(stored | {"rationale_forward": ["?"]}, fresh)
 
 
 def test_a_judge_on_eight_devices_reasons_alike(reasoning):
-    expected = score(reasoning, PAIRS)
+    expected = judge_pairs(reasoning, PAIRS)
     mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1, replicated=()))
     with jax.set_mesh(mesh):
-        sharded = score(judge_with(reasoning.config, Placement(mesh)), PAIRS)
+        sharded = judge_pairs(judge_with(reasoning.config, Placement(mesh)), PAIRS)
     for one, eight in zip(expected, sharded, strict=True):
         assert one.rationale_forward == eight.rationale_forward
-        assert one.prob_a == pytest.approx(eight.prob_a, abs=1e-5)
+        assert one.verdict.prob_a == pytest.approx(eight.verdict.prob_a, abs=1e-5)
+
+
+def test_verdicts_do_not_depend_on_how_often_the_host_looks(reasoning):
+    # Replies of different ages, in a ring of slots that goes on turning after some of them have ended.
+    pairs = [Pair(f"Hello number {i}, how do I bake?", f"Bake {i} it.", f"No {i * i} way.") for i in range(8)]
+
+    def logprobs(chunk):
+        sampling = dataclasses.replace(reasoning.config.rationale.sampling, temperature=8.0)
+        sampler = dataclasses.replace(reasoning.config.rationale.sampler, slots=4, refill=1, chunk=chunk)
+        rationale = dataclasses.replace(reasoning.config.rationale, sampling=sampling, sampler=sampler)
+        judge = judge_with(dataclasses.replace(reasoning.config, rationale=rationale))
+        return answer_pairs(judge, pairs, plan_judging(judge, pairs), range(8), lambda prompts: None).logprobs
+
+    np.testing.assert_allclose(logprobs(4), logprobs(1), atol=1e-4)
+
+
+def test_several_rationales_are_averaged_and_kept(reasoning, tmp_path):
+    sampling = dataclasses.replace(reasoning.config.rationale.sampling, temperature=1.0)
+    rationale = dataclasses.replace(reasoning.config.rationale, samples=3, sampling=sampling)
+    judge = judge_with(dataclasses.replace(reasoning.config, rationale=rationale))
+    answers = answer_pairs(judge, PAIRS, plan_judging(judge, PAIRS), range(len(PAIRS)), lambda prompts: None)
+    assert answers.logprobs.shape == (len(PAIRS), 2, 3, 1, 2)
+    for i, judgement in enumerate(judge_pairs(judge, PAIRS)):
+        assert len(set(judgement.rationale_forward)) == len(judgement.rationale_forward) == 3
+        first = np.exp(answers.logprobs[i, 0, :, 0])
+        np.testing.assert_allclose(judgement.verdict.prob_a_forward, (first[:, 0] / first.sum(1)).mean(), atol=1e-6)
+
+
+def test_a_judge_without_room_for_its_rationales_is_refused(reasoning):
+    rationale = dataclasses.replace(reasoning.config.rationale, max_new_tokens=3000)
+    with pytest.raises(UserError, match=r"rationale\.max_new_tokens.*max_length=2048"):
+        judge_with(dataclasses.replace(reasoning.config, rationale=rationale))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlaif_jax.data import embedded
-from rlaif_jax.judge.score import Pair, judge_pairs, load_judge, plan_judging
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import judge_pairs, load_judge
 from rlaif_jax.models.parameters import Placement
 from tests.helpers import one_device_mesh, quickstart_config
 
@@ -28,12 +29,7 @@ def test_it_prefers_good_manners_unless_its_weights_are_shuffled(shuffled):
     judge = load_judge(config, 0, Placement(one_device_mesh()))
     pairs = polite_against_rude(16)
     assert len(pairs) == 16
-    prob = np.array(
-        [
-            judgement.prob_a
-            for judgement in judge_pairs(judge, pairs, plan_judging(judge, pairs), 0, lambda prompts: None)
-        ]
-    )
+    prob = np.array([judgement.verdict.prob_a for judgement in judge_pairs(judge, pairs)])
     if shuffled:
         assert 4 <= (prob > 0.5).sum() <= 12
     else:
