@@ -59,6 +59,20 @@ def open_folder(workdir: str) -> epath.Path:
     return folder
 
 
+def parse_plain(argv: list[str], usage: str, values: flags.FlagValues) -> flags.FlagValues:
+    """The flags that the caller has defined in `values`, of a command without a config.
+
+    Raises UserError for a flag that does not exist or has the wrong type.
+    """
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())}. {usage}") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}. {usage}")
+    return values
+
+
 def parse_flags(
     argv: list[str], usage: str, values: flags.FlagValues, default_config: str | None = None
 ) -> flags.FlagValues:

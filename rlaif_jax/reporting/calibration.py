@@ -1,6 +1,7 @@
 """How far the judge's probabilities can be taken at their word, on pairs of which exactly one reply is good."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,12 +46,15 @@ def calibrate(rows: list[dict], ground_truth: GroundTruth) -> Calibration | None
         good_a, good_b = (ground_truth(row["prompt"], row[f"response_{x}"]) for x in "ab")
         if row["status"] == "ok" and None not in (good_a, good_b) and good_a != good_b:
             pairs.append((row["prob_a"], good_a))
-    if not pairs:
-        return None
-    pairs.sort()
-    prob_a, a_is_good = np.array(pairs, float).T
+    return calibration(*zip(*pairs, strict=True)) if pairs else None
+
+
+def calibration(prob_a: Sequence[float], a_is_good: Sequence[bool]) -> Calibration:
+    """The reliability of probabilities beside what is so. Needs a pair."""
+    order = np.lexsort((a_is_good, prob_a))
+    prob_a, a_is_good = np.asarray(prob_a, float)[order], np.asarray(a_is_good, float)[order]
     # As many pairs in each bin: the probabilities crowd around 0.5, and bins of equal width would leave most empty.
-    groups = np.array_split(np.arange(len(pairs)), np.clip(len(pairs) // MIN_PAIRS, 1, MAX_BINS))
+    groups = np.array_split(np.arange(len(prob_a)), np.clip(len(prob_a) // MIN_PAIRS, 1, MAX_BINS))
     bins = [Bin(float(prob_a[rows].mean()), wilson_ci(int(a_is_good[rows].sum()), len(rows))) for rows in groups]
     right = int(np.sum((prob_a > 0.5) == a_is_good.astype(bool)))
-    return Calibration(bins, float(np.maximum(prob_a, 1 - prob_a).mean()), wilson_ci(right, len(pairs)))
+    return Calibration(bins, float(np.maximum(prob_a, 1 - prob_a).mean()), wilson_ci(right, len(prob_a)))

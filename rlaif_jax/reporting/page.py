@@ -13,11 +13,12 @@ from markupsafe import Markup
 from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
 from rlaif_jax.evaluation.statistics import Figure, difference
 from rlaif_jax.reporting import charts
+from rlaif_jax.reporting.audit_page import audit_rows
 from rlaif_jax.reporting.calibration import calibrate, probabilities
 from rlaif_jax.reporting.read import RunData
 from rlaif_jax.reporting.samples import sample_cards
 from rlaif_jax.reporting.verdict import judge
-from rlaif_jax.reporting.words import count, fixed, interval, number, percent, points
+from rlaif_jax.reporting.words import count, figure_cell, fixed, interval, number, percent, points
 
 _FOLDER = epath.Path(__file__).parent
 _STAGE_TITLES = {
@@ -43,12 +44,6 @@ _CURVES = {
     ),
 }
 _NOT_SHARES = ("reward", "response_length", "kl", "distinct_2")
-_AUDIT = {
-    "judge_agreement/ground_truth": "sides with the good reply, where exactly one is good",
-    "first_slot_rate": "picks the reply shown first; 50% without position bias",
-    "same_slot_in_both_orders": "picks the same slot whichever reply is in it",
-    "longer_preferred": "prefers the longer reply",
-}
 
 
 def render(run: RunData) -> str:
@@ -99,14 +94,6 @@ def _progress(run: RunData, stage: str) -> str:
     return ""
 
 
-def _cell(name: str, figure: Figure) -> dict:
-    """A figure in a table: mean and interval apart, so that a phone can put them below each other."""
-    if figure["mean"] is None:
-        return {"mean": "-", "interval": ""}
-    form = percent if _is_share(name) else fixed(figure["mean"])
-    return {"mean": form(figure["mean"]), "interval": interval(figure, form)}
-
-
 def _change(name: str, change: Figure, scale: float) -> dict:
     form = points if _is_share(name) else fixed(scale)
     sign = "+" if form is not points and change["mean"] > 0 else ""
@@ -131,8 +118,8 @@ def _by_policy(results: dict) -> list[dict]:
             rows.append({
                 "label": label.strip(),
                 "part": label.startswith(" "),
-                "sft": _cell(name, sft),
-                "rl": _cell(name, rl),
+                "sft": figure_cell(_is_share(name), sft),
+                "rl": figure_cell(_is_share(name), rl),
                 "change": _change(name, change, sft["mean"]),
                 "excludes_zero": low > 0 or high < 0,
                 "n": rl["n"],
@@ -149,7 +136,7 @@ def _single(results: dict) -> list[dict]:
         {
             "label": known.get(name, name).strip(),
             "part": known.get(name, "").startswith(" "),
-            "value": _cell(name, results[name]),
+            "value": figure_cell(_is_share(name), results[name]),
             "n": results[name]["n"],
         }
         for name in names
@@ -208,13 +195,8 @@ def _group(sizes: list[int]) -> str:
 
 
 def _audit(run: RunData) -> list[dict]:
-    figures = {name: figure for name, figure in (run.audit or {}).items() if isinstance(figure, dict)}
-    names = [name for name in _AUDIT if name in figures] + [name for name in figures if name not in _AUDIT]
-    return [
-        {"label": _AUDIT.get(name, name), "value": _cell(name, figures[name]), "n": figures[name]["n"]}
-        for name in names
-        if figures[name]["mean"] is not None
-    ]
+    figures = run.audit or {}
+    return audit_rows({name: figure for name, figure in figures.items() if not name.startswith("people/")})
 
 
 def _provenance(run: RunData) -> dict:

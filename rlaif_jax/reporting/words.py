@@ -47,3 +47,11 @@ def with_interval(figure: Figure, form: Callable[[float], str]) -> str:
 def count(n: int, thing: str) -> str:
     """1 pair, 2 pairs."""
     return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
+def figure_cell(share: bool, figure: Figure) -> dict:
+    """A figure in a table: mean and interval apart, so that a phone can put them below each other."""
+    if figure["mean"] is None:
+        return {"mean": "-", "interval": ""}
+    form = percent if share else fixed(figure["mean"])
+    return {"mean": form(figure["mean"]), "interval": interval(figure, form)}

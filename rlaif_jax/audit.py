@@ -1,0 +1,83 @@
+"""What a judge leans to and how far people agree with it: python -m rlaif_jax.audit --workdir=RUN | --labels=FILE"""
+
+import json
+import sys
+
+from absl import flags
+from etils import epath
+
+from rlaif_jax.commands import parse_plain, run_command
+from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.audit import audit
+from rlaif_jax.evaluation.budget import label_next
+from rlaif_jax.files import read_parquet, write_json, write_text
+from rlaif_jax.reporting.audit_page import render_audit
+from rlaif_jax.stages.folders import stage_folder
+from rlaif_jax.summary import print_audit
+
+_USAGE = "usage: python -m rlaif_jax.audit --workdir=RUN | --labels=FILE [--by=COLUMN,...] [--out=DIR] [--next=N]"
+_HELP = """  --workdir=RUN     a run: the comparisons of people that its judge was tried on, else its label file
+  --labels=FILE     a Parquet file with the columns of label/preferences.parquet, and where known `human` (what people
+                    say of response_a: 1 better, 0 worse, null nothing), `generator_a` and `generator_b` (who wrote it)
+  --by=COLUMN,...   splits the agreement with people by the values of these columns
+  --out=DIR         writes audit.json and audit.html there, not beside the label file
+  --next=N          also writes next.jsonl: the N pairs that people should label next
+  --resamples=N     of the bootstrap behind each interval; 1000 by default"""
+_NEEDED = ("prompt", "response_a", "response_b", "status", "prob_a", "prob_a_forward", "prob_a_reversed", "judge")
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit status."""
+    return run_command(argv, f"{__doc__}\n\n{_USAGE}\n\n{_HELP}", _main)
+
+
+def _main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    for name in ("workdir", "labels", "out"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_list("by", [], "", flag_values=values)
+    flags.DEFINE_integer("next", 0, "", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("resamples", 1000, "", lower_bound=1, flag_values=values)
+    options = parse_plain(argv, _USAGE, values)
+    if (options.workdir is None) == (options.labels is None):
+        raise UserError(_USAGE)
+    file = epath.Path(options.labels) if options.labels else _of_run(epath.Path(options.workdir))
+    columns = _read(file, options.by)
+    folder = epath.Path(options.out) if options.out else file.parent
+    figures = audit(columns, options.resamples, 0, options.by)
+    print_audit(str(file), figures)
+    pages = [folder / "audit.html", folder / f"{file.stem}.audit.json"]
+    write_text(pages[0], render_audit(str(file), columns, figures))
+    write_json(pages[1], figures)
+    if options.next:
+        pages.append(folder / "next.jsonl")
+        names, rows = ("prompt", "response_a", "response_b", "prob_a"), label_next(columns, options.next)
+        rows = [{"row": row} | {name: columns[name][row] for name in names} for row in rows]
+        write_text(pages[-1], "".join(json.dumps(row) + "\n" for row in rows))
+    print(", ".join(map(str, pages)))
+    return 0
+
+
+def _of_run(run: epath.Path) -> epath.Path:
+    """The label file of a run to audit. Raises UserError where there is none."""
+    folder = stage_folder(run, "label")
+    for file in (folder / "audit" / "audited.parquet", folder / "preferences.parquet"):
+        if file.exists():
+            return file
+    raise UserError(f"{folder / 'preferences.parquet'} is missing: run --stages=label first")
+
+
+def _read(file: epath.Path, by: list[str]) -> dict[str, list]:
+    """The columns of a label file. Raises UserError where it is missing, damaged or lacks some."""
+    if not file.exists():
+        raise UserError(f"--labels={file} does not exist")
+    columns = read_parquet(file).to_pydict()
+    if missing := [name for name in (*_NEEDED, *by) if name not in columns]:
+        raise UserError(f"{file} has no column {missing[0]!r}; it has {', '.join(columns)}")
+    if not columns["status"]:
+        raise UserError(f"{file} has no rows")
+    return {"template": [""] * len(columns["status"])} | columns
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
