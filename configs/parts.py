@@ -42,3 +42,17 @@ def embedded_corpus() -> config_dict.ConfigDict:
         polite_share=0.5,  # of the demonstrations
         answering_share=0.8,  # of the demonstrations
     )
+
+
+def teacher() -> config_dict.ConfigDict:
+    """No teacher: the demonstrations are those of the data. With `weights`, a model writes them."""
+    return group(
+        weights="",
+        prompt="{prompt}",
+        demonstrations=1024,
+        max_new_tokens=128,
+        dtype="float32",
+        sampling=sampling(temperature=1.0),
+        sampler=group(slots=16, refill=4, chunk=16, prompt_buckets=2, bucket_multiple=32, cache_dtype=""),
+        commit_every=64,
+    )

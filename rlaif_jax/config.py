@@ -16,6 +16,7 @@ from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError
+from rlaif_jax.judge.prompts import METHODS
 from rlaif_jax.judge.score import JudgeConfig
 from rlaif_jax.models.attention import IMPLEMENTATIONS
 from rlaif_jax.models.transformer import ModelConfig
@@ -36,8 +37,24 @@ class PolicyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """A model that writes the demonstrations, through its chat template."""
+
+    weights: str  # a GGUF file, or package:NAME; "" for the demonstrations of the data
+    prompt: str  # what it is asked, with {prompt} in it
+    demonstrations: int  # how many training prompts it replies to
+    max_new_tokens: int
+    dtype: str
+    sampling: SamplingConfig
+    sampler: SamplerConfig
+    commit_every: int  # replies written down at a time
+
+
+@dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning on the demonstrations."""
+
+    teacher: TeacherConfig
 
     steps: int
     batch_size: int  # rows
@@ -52,10 +69,21 @@ class SFTConfig:
 class LabelConfig:
     """Candidate pairs sampled from the SFT policy, for the judge to label; or comparisons that people made."""
 
-    source: str  # "ai" or "human" (data.comparisons)
-    pairs: int
+    source: str  # "ai", "human" (data.comparisons) or "both", as many pairs of each
+    pairs: int  # of each source
+    audit_pairs: int  # of data.comparisons, judged as well: how far people agree, and what the labels' temperature is
     sampling: SamplingConfig
     commit_every: int  # replies written down at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencesConfig:
+    """What is learned from a label."""
+
+    order: str  # "both" is the mean of both orders; "forward" or "reversed" one of them alone
+    hard: bool  # 0 or 1, whichever is nearer
+    calibrate: bool  # divide the log-odds of AI labels by the temperature that fits people's choices best
+    noise_rate: float  # share of labels that are turned round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +145,7 @@ class Config:
     judge: JudgeConfig
     sft: SFTConfig
     label: LabelConfig
+    preferences: PreferencesConfig
     reward_model: RewardModelConfig
     rl: RLConfig
     evaluation: EvaluationConfig
@@ -202,7 +231,11 @@ _CACHE_DTYPES = (*_DTYPES, "int8")
 # Patterns of fields, what their values must be, and the test of it.
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
-    ("label.pairs rl.sampling.temperature *.bootstrap_samples *.slots *.refill *.chunk", "positive", lambda x: x > 0),
+    (
+        "label.pairs *.teacher.demonstrations rl.sampling.temperature *.bootstrap_samples *.slots *.refill *.chunk",
+        "positive",
+        lambda x: x > 0,
+    ),
     (
         "data.embedded.train_prompts *.demonstrations_per_prompt *.evaluation_combinations sft.row_length",
         "positive",
@@ -213,18 +246,19 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "positive",
         lambda x: x > 0,
     ),
-    ("*.buckets *.prompt_buckets *.bucket_multiple *.max_new_tokens", "positive", lambda x: x > 0),
+    ("*.buckets *.prompt_buckets *.bucket_multiple *.max_new_tokens *.samples", "positive", lambda x: x > 0),
     ("*.temperature *.top_k", "0 or more", lambda x: x >= 0),
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
-        "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples",
+        "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots",
         "0 or more",
         lambda x: x >= 0,
     ),
     ("*.min_evidence *.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
     ("rl.kl_coef rl.clip_ratio rl.clip_value", "0 or more", lambda x: x >= 0),
     (
-        "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate rl.gamma rl.gae_lambda *.min_p *.b1 *.b2",
+        "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate *.noise_rate rl.gamma rl.gae_lambda "
+        "*.min_p *.b1 *.b2",
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
@@ -232,7 +266,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
     ("data.layout", f"one of {', '.join(LAYOUTS)}", lambda x: x in LAYOUTS),
     ("data.*.kind", f"one of {', '.join(map(repr, KINDS))}", lambda x: x in KINDS),
-    ("label.source", "ai or human", lambda x: x in ("ai", "human")),
+    ("sampler.slots", "2 or more, the candidates of a pair", lambda x: x >= 2),
+    ("sft.teacher.prompt", "a text with {prompt} in it", lambda x: "{prompt}" in x),
+    ("label.source", "ai, human or both", lambda x: x in ("ai", "human", "both")),
+    ("preferences.order", "both, forward or reversed", lambda x: x in ("both", "forward", "reversed")),
+    ("judge.prompt.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
     ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
@@ -262,9 +300,18 @@ def check(config: Config, devices: int) -> None:
     _require(flat, "sft.row_length", f"at least max_prompt_length + max_response_length of the policy, {longest}", (
         lambda x: x >= longest))  # fmt: skip
     needed_sets = ["demonstrations", "train_prompts", "evaluation_prompts"]
-    needed_sets += ["comparisons"] if config.label.source == "human" else []
+    needed_sets += ["comparisons"] if config.label.source != "ai" or config.label.audit_pairs else []
     for name in needed_sets:
         _require(flat, f"data.{name}.kind", "set", bool)
+    if config.preferences.calibrate and not config.label.audit_pairs:
+        raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
+    if config.preferences.order != "both" and config.judge.prompt.method == "rating":
+        raise UserError("config.preferences.order must be both where judge.prompt.method=rating: there are no orders")
+    if config.judge.rationale.samples > config.judge.rationale.sampler.slots:
+        raise UserError(
+            f"config.judge.rationale.samples={config.judge.rationale.samples} must be at most its sampler.slots, "
+            f"{config.judge.rationale.sampler.slots}"
+        )
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
 

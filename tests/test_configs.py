@@ -12,7 +12,7 @@ CONFIGS += [
     for arm in tasks.ARMS
     for scale in ("", ",smoke")
     for source in ("", ",local", ",hub")
-    if not (module is scitldr and arm == "rlhf")
+    if not (module is scitldr and arm in ("rlhf", "combined"))
 ]
 
 
@@ -21,15 +21,20 @@ def test_every_arm_of_every_config_is_valid(module, arm):
     config = parse(module.get_config(arm).to_dict())
     check(config, devices=1)
     check_decoder(config.policy.model, 0)
-    assert load_template(config.judge.template, config.judge.chain_of_thought).choices
+    assert load_template(config.judge.prompt).choices
 
 
 @pytest.mark.parametrize("arm", ["rlaif", "smoke"])
 def test_arms_change_what_they_say(arm):
     plain = tldr.get_config(arm)
     assert tldr.get_config(f"rlhf,{arm}").label.source == "human" != plain.label.source
-    assert tldr.get_config(f"base_prompt,{arm}").judge.template == "summary_base" != plain.judge.template
-    assert tldr.get_config(f"reasoning,{arm}").judge.chain_of_thought is True is not plain.judge.chain_of_thought
+    assert tldr.get_config(f"combined,{arm}").label.source == "both"
+    assert tldr.get_config(f"base_prompt,{arm}").judge.prompt.preamble == "base" != plain.judge.prompt.preamble
+    assert tldr.get_config(f"reasoning,{arm}").judge.prompt.chain_of_thought is not plain.judge.prompt.chain_of_thought
+    for method in ("axes", "rating"):
+        assert tldr.get_config(f"{method},{arm}").judge.prompt.method == method != plain.judge.prompt.method
+    assert tldr.get_config(f"one_order,{arm}").preferences.order == "forward" != plain.preferences.order
+    assert tldr.get_config(f"hard,{arm}").preferences.hard is not plain.preferences.hard
     shared = tldr.get_config(f"self,{arm}")
     shared.policy.weights = "other.gguf"
     assert shared.judge.weights == "other.gguf"

@@ -222,7 +222,7 @@ BAD_SWEEPS = {
     "override out of range": ({"low": {}, "b": {"rl.kl_coef": -1.0}}, [], ["config.arms.b", "rl.kl_coef=-1.0"]),
     "override of the seed": ({"low": {"seed": 3}}, [], ["config.arms.low", "config.seeds"]),
     "missing judge": ({"low": {"judge.weights": "/no/x.gguf"}}, [], ["config.arms.low", "judge.weights", "/no/x.gguf"]),
-    "missing template": ({"low": {"judge.template": "no"}}, [], ["config.arms.low", "judge.template"]),
+    "missing template": ({"low": {"judge.prompt.template": "no"}}, [], ["config.arms.low", "judge.prompt.template"]),
     "arm that is no folder": ({"low": {}, "a/b": {}}, [], ["'a/b'", "letters"]),
     "no such baseline": (ARMS, ["--config.baseline=lo"], ["config.baseline='lo'", "did you mean low?"]),
     "seed twice": (ARMS, ["--config.seeds=1,1"], ["config.seeds=(1, 1)"]),

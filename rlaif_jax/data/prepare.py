@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data import embedded
 from rlaif_jax.data.embedded import EmbeddedConfig
-from rlaif_jax.data.encoding import prompt_tokens
+from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.data.layouts import LAYOUTS, Draft, split_dialogues
 from rlaif_jax.data.sources import Malformed, SourceConfig, read
 from rlaif_jax.errors import UserError
@@ -31,7 +31,7 @@ class DataConfig:
     demonstrations: SourceConfig  # prompt fields and `reply`
     train_prompts: SourceConfig  # prompt fields
     evaluation_prompts: SourceConfig  # prompt fields
-    comparisons: SourceConfig  # human preferences: prompt fields, `response_a`, `response_b`, perhaps `choice`
+    comparisons: SourceConfig  # human preferences: prompt fields, `response_a`, `response_b`; perhaps `choice`, ABOUT
     evaluation_comparisons: SourceConfig
     max_malformed_rate: float  # a larger share of malformed rows stops the run
     embedded: EmbeddedConfig  # of sources of kind "embedded"
@@ -45,13 +45,15 @@ class Row:
     values: dict[str, Any]
 
 
+# What may be known of a comparison, "" where it is not: where it is from, how sure people were, who wrote what.
+ABOUT = ("group", "human_confidence", "generator_a", "generator_b")
 # The columns beside `prompt` of each set.
 COLUMNS = {
     "demonstrations": ("reply",),
     "train_prompts": (),
     "evaluation_prompts": ("group",),
-    "comparisons": ("response_a", "response_b", "prob_a"),
-    "evaluation_comparisons": ("response_a", "response_b", "prob_a"),
+    "comparisons": ("response_a", "response_b", "prob_a", *ABOUT),
+    "evaluation_comparisons": ("response_a", "response_b", "prob_a", *ABOUT),
 }
 
 
@@ -103,10 +105,13 @@ def _reply(raw: Mapping[str, Any], name: str) -> str | Malformed:
     return value.split("\n\nHuman:")[0].strip() or Malformed(f"{name} is empty")
 
 
+_CHOICES = {0: 1.0, 1: 0.0, "a": 1.0, "b": 0.0, "tie": 0.5}
+
+
 def _prob_a(raw: Mapping[str, Any], name: str) -> float | Malformed:
-    """1 where people chose response a: by the field `choice` (0 or 1), else a is the chosen one."""
+    """1 where people chose response a, 0 where b, 0.5 for a tie; without a field `choice`, a is the chosen one."""
     choice = raw.get("choice", 0)
-    return float(choice == 0) if choice in (0, 1) else Malformed("choice is neither 0 nor 1")
+    return _CHOICES[choice] if choice in _CHOICES else Malformed("choice is none of 0, 1, a, b and tie")
 
 
 _VALUES: dict[str, Callable] = {
@@ -114,7 +119,7 @@ _VALUES: dict[str, Callable] = {
     "response_a": _reply,
     "response_b": _reply,
     "prob_a": _prob_a,
-    "group": lambda raw, name: str(raw.get(name, "")),
+    **dict.fromkeys(ABOUT, lambda raw, name: str(raw.get(name, ""))),
 }
 
 
@@ -144,9 +149,7 @@ def prepare(
         kept = []
         for row in progress(rows, role[:14], total=len(rows), unit="row"):
             prompt = row.draft.fitted(tokens, max_prompt_length)
-            reply = (
-                tokenizer(row.values["reply"], add_special_tokens=False)["input_ids"] if "reply" in row.values else []
-            )
+            reply = texts_to_tokens(tokenizer, [row.values["reply"]])[0] if "reply" in row.values else []
             if prompt is None:
                 dropped["prompt too long"] += 1
             elif len(reply) >= max_response_length:

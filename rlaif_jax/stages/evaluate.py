@@ -9,13 +9,15 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
+from rlaif_jax.evaluation.audit import agreement
 from rlaif_jax.evaluation.statistics import Figure, distinct_2, jackknife_ci, mean_ci, most_common_share
 from rlaif_jax.files import read_parquet, write_json, write_parquet
 from rlaif_jax.judge import store
-from rlaif_jax.judge.score import Judge, Pair, load_judge
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import Judge, load_judge
 from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
-from rlaif_jax.stages.label import agreement, ground_truth_agreement
+from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.replies import keep_replies, padded_batches
 from rlaif_jax.stages.reward_model import centred_params, score_texts
 from rlaif_jax.stages.run import Run
@@ -38,7 +40,8 @@ def run_evaluation(run: Run) -> None:
     samples = read_parquet(folder / "samples.parquet").to_pydict()
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
     pairs = list(map(Pair, samples["prompt"], samples["rl"], samples["sft"]))
-    judged = store.label(judge, pairs, folder, "evaluate").to_pylist()
+    store.label(judge, pairs, folder, "evaluate")
+    judged = read_parquet(folder / "preferences.parquet").to_pylist()
     mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
     results = _win_rates(judged, np.array(prompts["group"]), mean)
     results |= _by_policy(run, samples, np.array(prompts["group"]), mean)
@@ -149,7 +152,9 @@ def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:
     if not comparisons["prompt"]:
         return {}
     pairs = list(map(Pair, comparisons["prompt"], comparisons["response_a"], comparisons["response_b"]))
-    judged = store.label(judge, pairs, run.folder("eval") / "human", "human pairs").to_pydict()
+    folder = run.folder("eval") / "human"
+    store.label(judge, pairs, folder, "human pairs")
+    judged = read_parquet(folder / "preferences.parquet").to_pydict()
     chosen = np.array(comparisons["prob_a"])
     rewards = score_texts(run, centred_params(run), comparisons, run.config.evaluation.batch_size)
     scored = np.array(judged["status"]) == "ok"

@@ -5,41 +5,77 @@ import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.data import embedded
+from rlaif_jax.data.prepare import ABOUT
+from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.audit import agreement, audit
 from rlaif_jax.evaluation.statistics import mean_ci
-from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.files import read_parquet, write_json, write_parquet, write_text
 from rlaif_jax.judge import store
-from rlaif_jax.judge.score import Pair, load_judge
+from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.score import Judge, load_judge
+from rlaif_jax.reporting.audit_page import render_audit
 from rlaif_jax.stages.replies import keep_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 
 
-def run_label(run: Run) -> None:
-    """Reads the SFT policy, or human comparisons; writes `label/` candidates, preferences, manifest and audit."""
+def run_label(run: Run) -> bool:
+    """Reads the SFT policy, and human comparisons; writes `label/` candidates, preferences, manifest, audit.
+
+    Returns whether it is done: one of several workers leaves shards to the others.
+    """
+    folder, config = run.folder("label"), run.config.label
+    if config.source in ("human", "both"):
+        _human_labels(run, folder if config.source == "human" else folder / "people")
+    if config.source == "human":
+        return True
+    judge = load_judge(run.config.judge, run.config.seed, run.placement)
+    if not store.label(judge, candidate_pairs(run), folder, "label", run.worker):
+        return False
+    write_json(folder / "audit.json", _audit(run, folder / "preferences.parquet") | _human_audit(run, judge))
+    return True
+
+
+def candidate_pairs(run: Run) -> list[Pair]:
+    """Two replies of the SFT policy to each prompt, from `label/candidates.parquet`, which is made if missing."""
     folder = run.folder("label")
     candidates = folder / "candidates.parquet"
-    if run.config.label.source == "human":
-        _human_labels(run, candidates)
-        return
     if not candidates.exists():
+        if run.worker.index:
+            raise UserError(f"{candidates} is missing: worker 0 makes it, so start that one first")
         write_parquet(candidates, _sample_candidates(run, folder / "candidates"))
     (folder / "candidates").rmtree(missing_ok=True)  # the shards of what the file now has
-    pairs = [Pair(row["prompt"], row["response_a"], row["response_b"]) for row in read_parquet(candidates).to_pylist()]
-    judge = load_judge(run.config.judge, run.config.seed, run.placement)
-    table = store.label(judge, pairs, folder, "label")
-    write_json(folder / "audit.json", audit(run, table))
+    return [Pair(row["prompt"], row["response_a"], row["response_b"]) for row in read_parquet(candidates).to_pylist()]
 
 
-def _human_labels(run: Run, candidates: epath.Path) -> None:
+def _human_labels(run: Run, folder: epath.Path) -> None:
     """The comparisons that people made, the first `label.pairs` of them, as a label file."""
     comparisons = run.data("comparisons")
-    rows = [dict(zip(comparisons, row, strict=True)) for row in zip(*comparisons.values(), strict=True)]
+    names = ("prompt", "response_a", "response_b", "prob_a")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*(comparisons[name] for name in names), strict=True)]
     table = store.human_table(rows[: run.config.label.pairs])
     ended = [True] * table.num_rows
-    columns = {name: table[name] for name in ("prompt", "response_a", "response_b")}
-    write_parquet(candidates, pa.table(columns | {"ended_a": ended, "ended_b": ended}))
-    write_parquet(candidates.parent / "preferences.parquet", table)
+    columns = {name: table[name] for name in names[:3]}
+    write_parquet(folder / "candidates.parquet", pa.table(columns | {"ended_a": ended, "ended_b": ended}))
+    write_parquet(folder / "preferences.parquet", table)
     manifest = {"judge": "human", "rows": table.num_rows, "status": {"ok": table.num_rows}}
-    write_json(candidates.parent / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
+
+
+def _human_audit(run: Run, judge: Judge) -> dict:
+    """The audit of the judge on `label.audit_pairs` comparisons that people made, kept in `label/audit/`."""
+    count, folder = run.config.label.audit_pairs, run.folder("label") / "audit"
+    if not count:
+        return {}
+    comparisons = {name: values[:count] for name, values in run.data("comparisons").items()}
+    pairs = list(map(Pair, comparisons["prompt"], comparisons["response_a"], comparisons["response_b"]))
+    store.label(judge, pairs, folder, "audit")
+    columns = read_parquet(folder / "preferences.parquet").to_pydict()
+    columns |= {"human": comparisons["prob_a"]} | {name: comparisons[name] for name in ABOUT}
+    write_parquet(folder / "audited.parquet", pa.table(columns))
+    config = run.config.evaluation
+    figures = audit(columns, config.bootstrap_samples, run.config.seed, ("group", "human_confidence"))
+    write_text(folder / "audit.html", render_audit("Comparisons that people made", columns, figures))
+    return {f"people/{name}": figure for name, figure in figures.items()}
 
 
 def _sample_candidates(run: Run, shards: epath.Path) -> pa.Table:
@@ -54,22 +90,18 @@ def _sample_candidates(run: Run, shards: epath.Path) -> pa.Table:
     return pa.table(columns)
 
 
-def audit(run: Run, table: pa.Table) -> dict:
-    """The judge's slot preference, its taste for length and its agreement with the ground truth, with 95 % CIs."""
-    rows = store.scored(table).to_pylist()
-    forward = np.array([row["prob_a_forward"] for row in rows])
-    reversed_ = np.array([row["prob_a_reversed"] for row in rows])
-    prob_a = np.array([row["prob_a"] for row in rows])
-    longer = np.array([len(row["response_a"]) - len(row["response_b"]) for row in rows])
-    figures = {
-        "first_slot_rate": np.concatenate([forward > 0.5, reversed_ < 0.5]),  # a sits in slot 2 when reversed
-        "same_slot_in_both_orders": (forward > 0.5) != (reversed_ > 0.5),
-        "longer_preferred": (prob_a > 0.5)[longer != 0] == (longer > 0)[longer != 0],
-    }
+def _audit(run: Run, file: epath.Path) -> dict:
+    """The judge's biases on the label file, and its agreement with the ground truth where there is one."""
+    config, columns = run.config.evaluation, read_parquet(file).to_pydict()
+    figures = audit(columns, config.bootstrap_samples, run.config.seed)
     if truth := run.ground_truth():
-        figures["judge_agreement/ground_truth"] = ground_truth_agreement(truth, rows, prob_a)
-    samples, seed = run.config.evaluation.bootstrap_samples, run.config.seed
-    return {name: mean_ci(values, samples, seed) for name, values in figures.items()}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = [row for row in rows if row["status"] == "ok"]
+        prob_a = np.array([row["prob_a"] for row in rows])
+        values = ground_truth_agreement(truth, rows, prob_a)
+        figures["judge_agreement/ground_truth"] = mean_ci(values, config.bootstrap_samples, run.config.seed)
+    write_text(file.parent / "audit.html", render_audit("The labels of a run", columns, figures))
+    return figures
 
 
 def ground_truth_agreement(truth: embedded.GroundTruth, rows: list[dict], preference_a: np.ndarray) -> np.ndarray:
@@ -80,8 +112,3 @@ def ground_truth_agreement(truth: embedded.GroundTruth, rows: list[dict], prefer
     good_a = np.array([truth.is_good(row["prompt"], row["response_a"]) for row in rows], bool)
     good_b = np.array([truth.is_good(row["prompt"], row["response_b"]) for row in rows], bool)
     return agreement(preference_a, good_a.astype(float))[good_a != good_b]
-
-
-def agreement(preference_a: np.ndarray, label_a: np.ndarray) -> np.ndarray:
-    """1 where both are on one side of 0.5, 0 where they are not, 0.5 where `preference_a` is on none: [rows] float."""
-    return (1 + np.sign(preference_a - 0.5) * np.sign(label_a - 0.5)) / 2

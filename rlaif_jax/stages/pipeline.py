@@ -8,7 +8,7 @@ from rlaif_jax.config import flatten
 from rlaif_jax.data.prepare import COLUMNS
 from rlaif_jax.data.sources import files
 from rlaif_jax.errors import UserError, blame
-from rlaif_jax.files import file_hashes, read_json, write_json
+from rlaif_jax.files import file_hashes, read_json, remove_leftovers, write_json
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.evaluate import run_evaluation
@@ -18,7 +18,7 @@ from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.sft import run_sft
 
-STAGES: dict[str, Callable[[Run], None]] = {
+STAGES: dict[str, Callable[[Run], bool | None]] = {
     "sft": run_sft,
     "label": run_label,
     "reward_model": run_reward_model,
@@ -30,7 +30,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 _PARTS = {
     "sft": ("seed", "data", "policy", "sft"),
     "label": ("judge", "sampler", "label"),
-    "reward_model": ("reward_model",),
+    "reward_model": ("preferences", "reward_model"),
     "rl": ("rl",),
     "eval": ("evaluation",),
 }
@@ -42,6 +42,7 @@ _OPERATIONAL = (
     "evaluation.shown_samples",
     "judge.batch_tokens",
     "judge.max_failure_rate",
+    "judge.cache",
     "buckets",
     "bucket_multiple",
     "pairs_per_tree",
@@ -50,7 +51,7 @@ _OPERATIONAL = (
     "chunk",
 )
 # The files that bind a stage to the config that it was begun with.
-_KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "replies_*/*.parquet")
+_KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "teacher/*.parquet", "replies_*/*.parquet")
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -80,9 +81,13 @@ def run_stages(run: Run, names: list[str]) -> None:
             print(f"{name}: nothing to do", flush=True)
             continue
         _check_predecessors(run, name)
+        if run.worker.count == 1:
+            remove_leftovers(run.folder(name))
         inputs = stage_inputs(run, name)
         write_json(run.record(name), {"done": False, "config": inputs})
-        STAGES[name](run)
+        if STAGES[name](run) is False:
+            print(f"{name}: this worker is done; the last one to be finishes the stage", flush=True)
+            return
         write_json(run.record(name), {"done": True, "config": inputs})
 
 
@@ -96,13 +101,16 @@ def stage_inputs(run: Run, name: str) -> dict:
 
 def _file_hashes(run: Run) -> dict[str, str]:
     judge, policy = run.config.judge, run.config.policy
-    with blame("judge.template"):
-        hashes = {"judge.template_hash": load_template(judge.template, judge.chain_of_thought).digest}
+    with blame("judge.prompt.template"):
+        hashes = {"judge.prompt.hash": load_template(judge.prompt).digest}
     with blame("judge.weights"):
         hashes["judge.weights_hash"] = gguf.weights_hash(judge.weights)
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
+    if run.config.sft.teacher.weights:
+        with blame("sft.teacher.weights"):
+            hashes["sft.teacher.weights_hash"] = gguf.weights_hash(run.config.sft.teacher.weights)
     for role in COLUMNS:
         source = getattr(run.config.data, role)
         if source.kind in ("jsonl", "parquet"):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 from etils import epath
+from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.files import read_shards, write_checked_parquet
@@ -34,8 +35,8 @@ def sample_replies(
     run: Run, params, prompts: Sequence[str], copies: int, key: jax.Array, sampling: SamplingConfig
 ) -> Replies:
     """`copies` replies to each prompt, one after another; row i's randomness is `key` and i."""
-    encoded = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length)
-    rows = dict(_sample(run, params, encoded, copies, key, sampling, frozenset()))
+    encoded, tokenizer = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length), run.tokenizer()
+    rows = dict(_sample(_policy_sampler(run, params, sampling), tokenizer, _unpadded(encoded), copies, key))
     return _replies(run, encoded, copies, rows)
 
 
@@ -49,23 +50,39 @@ def keep_replies(
     folder: epath.Path,
     commit_every: int,
 ) -> Replies:
-    """As `sample_replies`, written to shards in `folder`, `commit_every` replies a shard; those there are not sampled.
+    """As `sample_replies`, kept in `folder` as `keep_rows` does."""
+    encoded, tokenizer = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length), run.tokenizer()
+    sampler = _policy_sampler(run, params, sampling)
+    return _replies(
+        run, encoded, copies, keep_rows(sampler, tokenizer, _unpadded(encoded), copies, key, folder, commit_every)
+    )
 
-    Raises UserError where a shard is damaged.
+
+def keep_rows(
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    key: jax.Array,
+    folder: epath.Path,
+    commit_every: int,
+) -> dict[int, dict]:
+    """Samples replies into shards in `folder`, `commit_every` replies a shard; those there are not sampled.
+
+    Returns row -> tokens, text, ended. Raises UserError where a shard is damaged.
     """
     rows, fresh, shards = _committed(folder), [], len(list(folder.glob("*.parquet")))
     done = frozenset(i for i in range(len(prompts)) if all(copies * i + copy in rows for copy in range(copies)))
     total = copies * len(prompts)
-    encoded = encode_prompts(run.tokenizer(), prompts, run.config.policy.max_prompt_length)
     with progress(None, folder.name, total=total, initial=copies * len(done), unit="reply") as bar:
-        for row, reply in _sample(run, params, encoded, copies, key, sampling, done):
+        for row, reply in _sample(sampler, tokenizer, prompts, copies, key, done):
             rows[row] = reply
             fresh.append({"row": row} | reply)
             bar.update()
             if len(fresh) == commit_every or len(rows) == total:
                 write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=_SCHEMA))
                 fresh, shards = [], shards + 1
-    return _replies(run, encoded, copies, rows)
+    return rows
 
 
 _SCHEMA = pa.schema(
@@ -75,28 +92,27 @@ _SCHEMA = pa.schema(
 
 def _committed(folder: epath.Path) -> dict[int, dict]:
     """The replies in the shards of `folder`, by row."""
-    tables = read_shards(folder, "its replies alone are sampled again").values()
-    return {row.pop("row"): row for table in tables for row in table.to_pylist()}
+    shards = read_shards(folder, "its replies alone are sampled again")
+    return {row.pop("row"): row for _, table in shards for row in table.to_pylist()}
 
 
 def _sample(
-    run: Run, params, encoded: Encoded, copies: int, key: jax.Array, sampling: SamplingConfig, done: frozenset[int]
+    sampler: Sampler, tokenizer, prompts: Sequence[Sequence[int]], copies: int, key: jax.Array, done=frozenset()
 ) -> Iterator[tuple[int, dict]]:
     """Yields (row, reply: tokens, text, ended) as they finish, but for the prompts in `done`."""
-    tokenizer, model, limit = run.tokenizer(), run.language_model(), run.config.policy.max_response_length
-    sampler = Sampler(
-        decoding_model(model),
-        decoding_parameters(model, params, run.placement),
-        run.placement,
-        make_stopping(tokenizer),
-        sampling,
-        limit,
-        run.config.sampler,
-    )
-    prompts = [row[real].tolist() for row, real in zip(*encoded, strict=True)]
     for row, reply in sample(sampler, prompts, key, range(copies * len(prompts)), done):
         (text,) = decode_responses(tokenizer, reply.tokens[None], np.ones((1, len(reply.tokens)), bool))
         yield row, {"tokens": reply.tokens.tolist(), "text": text, "ended": reply.ended}
+
+
+def _policy_sampler(run: Run, params, sampling: SamplingConfig) -> Sampler:
+    model, limit = run.language_model(), run.config.policy.max_response_length
+    parameters, stopping = decoding_parameters(model, params, run.placement), make_stopping(run.tokenizer())
+    return Sampler(decoding_model(model), parameters, run.placement, stopping, sampling, limit, run.config.sampler)
+
+
+def _unpadded(encoded: Encoded) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(*encoded, strict=True)]
 
 
 def _replies(run: Run, encoded: Encoded, copies: int, rows: dict[int, dict]) -> Replies:

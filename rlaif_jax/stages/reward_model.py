@@ -12,12 +12,12 @@ from scipy import optimize
 
 from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_json, read_parquet, write_json
-from rlaif_jax.judge import store
+from rlaif_jax.files import read_json, write_json
 from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.stages.preferences import read_preferences
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
@@ -48,7 +48,7 @@ def reward_loss(params, batch: Comparisons, model: ScalarModel):
 def run_reward_model(run: Run) -> None:
     """Reads `label/`; writes `reward_model/checkpoints` and `normalisation.json`. The last pairs are held out."""
     config = run.config.reward_model
-    table = _read_labels(run)
+    table = read_preferences(run)
     comparisons = _encode(run, table)
     trained = range(len(comparisons.prob_a) - config.validation_pairs)
     batches = shuffled_batches(trained, config.batch_size, run.order_seed("reward_model"))
@@ -161,16 +161,6 @@ def score_texts(run: Run, params, pairs: Mapping[str, list], batch_size: int) ->
 
 
 _rewards = jax.jit(response_rewards, static_argnums=0)
-
-
-def _read_labels(run: Run) -> dict[str, list]:
-    file = run.folder("label") / "preferences.parquet"
-    if not file.exists():
-        raise UserError(f"{file} is missing: run --stages=label first")
-    labels, candidates = read_parquet(file), read_parquet(file.parent / "candidates.parquet")
-    for name in ("ended_a", "ended_b"):  # which the texts do not say
-        labels = labels.append_column(name, candidates[name])
-    return store.scored(labels).to_pydict()
 
 
 def _encode(run: Run, table: Mapping[str, list]) -> Comparisons:

@@ -20,6 +20,7 @@ from rlaif_jax.config import Config, check, check_decoder, flatten
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, read_parquet
+from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
@@ -38,6 +39,7 @@ class Run:
     workdir: epath.Path
     placement: Placement
     shared: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)  # stages kept elsewhere than in workdir
+    worker: Worker = ALONE  # of several processes that label together
 
     def folder(self, stage: str) -> epath.Path:
         """Where a stage keeps its files."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from rlaif_jax.config import SFTConfig
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import prompt_tokens
+from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.data.packing import Example, PackedRows, lay_out, pack
 from rlaif_jax.data.prepare import load, prepare, training_texts
 from rlaif_jax.losses.logprobs import token_logprobs
@@ -19,6 +19,7 @@ from rlaif_jax.models.transformer import LanguageModel, unembedding
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.replies import sample_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
+from rlaif_jax.stages.teacher import teacher_demonstrations
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
@@ -39,9 +40,10 @@ def run_sft(run: Run) -> None:
     config, folder = run.config.sft, run.folder("sft")
     if not any(folder.glob("checkpoints/*")):  # at the start; afterwards the data stays as it is
         _prepare_data(run)
-    tokenizer, demonstrations = run.tokenizer(), run.data("demonstrations")
+    tokenizer = run.tokenizer()
+    demonstrations = teacher_demonstrations(run) if config.teacher.weights else run.data("demonstrations")
     prompts = prompt_tokens(tokenizer, demonstrations["prompt"])
-    replies = tokenizer(demonstrations["reply"], add_special_tokens=False)["input_ids"]
+    replies = texts_to_tokens(tokenizer, demonstrations["reply"])
     examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
     rows = _rows(examples, config, run.order_seed("packing"))
     batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed("sft"))

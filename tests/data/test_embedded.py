@@ -61,7 +61,7 @@ def test_unseen_templates_share_no_template_with_training():
 
 
 def test_the_judge_is_shown_no_prompt_or_topic_of_the_corpus():
-    examples = yaml.safe_load((TEMPLATES / f"{CONFIG.judge.template}.yaml").read_text())["examples"]
+    examples = yaml.safe_load((TEMPLATES / f"{CONFIG.judge.prompt.template}.yaml").read_text())["examples"]
     prompts = {p.text for p in (*CORPUS.train_prompts, *CORPUS.evaluation_prompts)}
     topics = {topic.lower() for kind in KINDS.values() for topic in kind.topics}
     for example in examples:

@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.prepare import prepare
+from rlaif_jax.data.prepare import ABOUT, prepare
 from rlaif_jax.data.sources import SourceConfig
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_parquet
@@ -62,7 +62,7 @@ def test_comparisons_say_which_response_people_chose(tmp_path):
     report = run(tmp_path, comparisons=write(tmp_path, "c.jsonl", rows))
     assert [row["prob_a"] for row in kept(tmp_path, "comparisons")] == [1.0, 0.0]
     assert report["comparisons"]["malformed"] == {
-        "choice is neither 0 nor 1": 1,
+        "choice is none of 0, 1, a, b and tie": 1,
         "both responses are the same": 1,
     }
 
@@ -77,7 +77,7 @@ def test_whole_dialogues_are_split_into_prompt_and_responses(tmp_path):
     prepare(data, 0, TOKENIZER, 24, 8, epath.Path(tmp_path) / "out")
     (row,) = kept(tmp_path, "comparisons")
     expected = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "response_a": "Hello.", "response_b": "What?", "prob_a": 1.0}
-    assert row == expected
+    assert row == expected | dict.fromkeys(ABOUT, "")
 
 
 def test_too_many_malformed_rows_stop_the_run(tmp_path):

@@ -1,5 +1,8 @@
+import dataclasses
 import json
+import shutil
 
+import datasets
 import jax
 import numpy as np
 import pyarrow.parquet as pq
@@ -7,11 +10,13 @@ import pytest
 from absl import flags
 from etils import epath
 
+from rlaif_jax import audit, export
 from rlaif_jax.commands import parse_flags
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError
 from rlaif_jax.main import main
 from rlaif_jax.stages import replies, rl
+from rlaif_jax.stages.preferences import read_preferences
 from rlaif_jax.stages.run import open_run
 from tests.tiny_judge import tiny_run_flags, write_judge
 
@@ -104,7 +109,7 @@ BAD_USAGE = {
     "changed config": (["--config.sft.steps=5"], ["sft.steps=5", "was 4"]),
     "changed config of an earlier stage": (["--config.sft.steps=5", "--stages=eval"], ["stage sft", "sft.steps=5"]),
     "missing judge": (["--config.judge.weights=/nowhere/x.gguf"], ["judge.weights", "/nowhere/x.gguf"]),
-    "missing template": (["--config.judge.template=nothing"], ["judge.template", "everyday_requests"]),
+    "missing template": (["--config.judge.prompt.template=nothing"], ["judge.prompt.template", "everyday_requests"]),
     "judge too short": (["--config.judge.max_length=4096"], ["judge.max_length=4096", "2048"]),
     "batch of no device": (["--config.rl.batch_size=17"], ["rl.batch_size=17"]),
     "no minibatch": (["--config.rl.minibatches=0"], ["rl.minibatches=0", "positive"]),
@@ -241,3 +246,79 @@ def test_a_label_file_that_is_gone_is_put_together_again_from_its_shards(finishe
     file.unlink()
     assert main(["main", *finished[1], "--stages=label"]) == 0
     assert file.read_bytes() == before
+
+
+def test_workers_label_as_one_process_does(finished, tmp_path, capfd):
+    for stage in ("sft", "label"):
+        shutil.copytree(finished[0] / stage, tmp_path / stage)
+    for name in ("shards", "preferences.parquet", "stage.json", "manifest.json", "audit.json", "candidates.parquet"):
+        path = tmp_path / "label" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    flags = [flag for flag in finished[1] if not flag.startswith("--workdir")] + [f"--workdir={tmp_path}"]
+    stage = ["--stages=label"]
+    assert main(["main", *flags, *stage, "--worker=1/2"]) == 2
+    assert "worker 0 makes it" in capfd.readouterr().err
+    assert [main(["main", *flags, *stage, f"--worker={i}/2"]) for i in (0, 1)] == [0, 0]
+    assert capfd.readouterr().out.count("this worker is done") == 1
+    for name in ("preferences.parquet", "candidates.parquet"):
+        assert pq.read_table(tmp_path / "label" / name).equals(pq.read_table(finished[0] / "label" / name))
+    for name in ("manifest.json", "audit.json", "audit.html", "stage.json"):
+        assert (tmp_path / "label" / name).read_bytes() == (finished[0] / "label" / name).read_bytes()
+
+
+def preferences_of(finished, **changes):
+    run = opened(finished)
+    config = dataclasses.replace(run.config, preferences=dataclasses.replace(run.config.preferences, **changes))
+    return read_preferences(dataclasses.replace(run, config=config))
+
+
+def test_what_is_learned_from_a_label_is_what_the_config_says(finished):
+    rows = [row for row in pq.read_table(finished[0] / "label" / "preferences.parquet").to_pylist() if row["prob_a"]]
+    soft = preferences_of(finished)
+    assert soft["prob_a"] == [row["prob_a"] for row in rows]
+    for order in ("forward", "reversed"):
+        assert preferences_of(finished, order=order)["prob_a"] == [row[f"prob_a_{order}"] for row in rows]
+    hard = preferences_of(finished, hard=True)["prob_a"]
+    assert hard == [float(row["prob_a"] > 0.5) for row in rows]
+    assert preferences_of(finished, noise_rate=1.0)["prob_a"] == pytest.approx([1 - p for p in soft["prob_a"]])
+    some = np.array(preferences_of(finished, noise_rate=0.25)["prob_a"])
+    turned = some != soft["prob_a"]
+    assert 0 < turned.sum() < len(rows)
+    np.testing.assert_allclose(some[turned], 1 - np.array(soft["prob_a"])[turned])
+    assert preferences_of(finished, noise_rate=0.25)["prob_a"] == some.tolist()  # the same ones each time
+
+
+def test_labels_are_exported_as_a_preference_data_set(finished, tmp_path, capfd):
+    flags = [f"--workdir={finished[0]}", "--stage=label", f"--out={tmp_path / 'set'}", "--license=apache-2.0"]
+    assert export.main(["export", *flags]) == 0
+    rows = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache")).to_list()
+    labels = {row["row"]: row for row in pq.read_table(finished[0] / "label" / "preferences.parquet").to_pylist()}
+    assert rows
+    for row in rows:
+        label = labels[row["row"]]
+        sides = ("response_a", "response_b") if label["prob_a"] > 0.5 else ("response_b", "response_a")
+        assert (row["chosen"], row["rejected"]) == tuple(label[side] for side in sides)
+        assert row["prompt"] == label["prompt"] and row["chosen_probability"] > 0.5
+        assert row["margin"] == pytest.approx(np.log(row["chosen_probability"] / (1 - row["chosen_probability"])))
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "first_slot_rate" in card and labels[0]["template_hash"] in card
+    assert export.main(["export", f"--workdir={tmp_path}", "--stage=label", f"--out={tmp_path / 'x'}"]) == 2
+    assert "run --stages=label first" in capfd.readouterr().err
+
+
+def test_the_audit_command_reads_a_run_and_says_what_is_wrong(finished, tmp_path, capfd):
+    assert audit.main(["audit", f"--workdir={finished[0]}", f"--out={tmp_path}", "--next=3", "--resamples=50"]) == 0
+    assert "first_slot_rate" in capfd.readouterr().out
+    assert json.loads((tmp_path / "preferences.audit.json").read_text())["scored"]["n"] == 16
+    assert len((tmp_path / "next.jsonl").read_text().splitlines()) == 3
+    assert "To label next" in (tmp_path / "audit.html").read_text()
+    file = finished[0] / "label" / "preferences.parquet"
+    for arguments, words in (
+        (["--labels=/nowhere.parquet"], "/nowhere.parquet does not exist"),
+        ([f"--labels={file}", "--by=colour"], "no column 'colour'"),
+        ([], "usage:"),
+        (["--label=x"], "labels"),
+    ):
+        assert audit.main(["audit", *arguments]) == 2
+        error = capfd.readouterr().err
+        assert words in error and error.count("\n") == 1

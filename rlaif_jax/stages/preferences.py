@@ -1,0 +1,61 @@
+"""Labels as they are learned from: which order, soft or hard, calibrated, noisy; the judge's, people's, or both."""
+
+import numpy as np
+from etils import epath
+
+from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.calibration import fit_temperature, scale
+from rlaif_jax.files import read_parquet
+from rlaif_jax.stages.run import Run
+
+
+def read_preferences(run: Run) -> dict[str, list]:
+    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b` and `prob_a` of all labelled pairs.
+
+    Where there are labels of the judge and of people, they are mixed. Raises UserError where the label file is missing.
+    """
+    folder, config = run.folder("label"), run.config.preferences
+    columns = _labelled(folder)
+    if run.config.label.source != "human":
+        columns["prob_a"] = _judged(run, columns)
+    if run.config.label.source == "both":
+        people = _labelled(folder / "people")
+        columns = {name: [*values, *people[name]] for name, values in columns.items()}
+    rng = np.random.default_rng(run.order_seed("preferences"))
+    prob_a = np.array(columns["prob_a"], float)
+    if config.hard:
+        prob_a = np.where(prob_a == 0.5, 0.5, prob_a > 0.5)
+    turned = rng.random(len(prob_a)) < config.noise_rate
+    columns["prob_a"] = np.where(turned, 1 - prob_a, prob_a).tolist()
+    if run.config.label.source == "both":
+        order = rng.permutation(len(prob_a))
+        columns = {name: [values[i] for i in order] for name, values in columns.items()}
+    return {name: columns[name] for name in ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a")}
+
+
+def _labelled(folder: epath.Path) -> dict[str, list]:
+    file = folder / "preferences.parquet"
+    if not file.exists():
+        raise UserError(f"{file} is missing: run --stages=label first")
+    labels, candidates = read_parquet(file), read_parquet(folder / "candidates.parquet")
+    for name in ("ended_a", "ended_b"):  # which the texts do not say
+        labels = labels.append_column(name, candidates[name])
+    return labels.filter(np.asarray(labels["status"]) == "ok").to_pydict()
+
+
+def _judged(run: Run, columns: dict[str, list]) -> np.ndarray:
+    """The judge's labels in the order and at the temperature that the config asks for: [pairs]."""
+    config = run.config.preferences
+    name = "prob_a" if config.order == "both" else f"prob_a_{config.order}"
+    temperature = _temperature(run, name) if config.calibrate else 1.0
+    return scale(np.array(columns[name], float), temperature)
+
+
+def _temperature(run: Run, name: str) -> float:
+    """The one under which the judge's labels fit people's choices best (Guo et al., arXiv 1706.04599)."""
+    audited = read_parquet(run.folder("label") / "audit" / "audited.parquet").to_pydict()
+    rows = [i for i, status in enumerate(audited["status"]) if status == "ok"]
+    prob, human = (np.array([audited[column][i] for i in rows], float) for column in (name, "human"))
+    temperature = fit_temperature(prob, human)
+    print(f"labels: temperature {temperature:.3g}, fitted to {len(rows)} choices of people", flush=True)
+    return temperature
