@@ -1,6 +1,6 @@
 """How far a judge agrees with people under each prompt, in the form of Lee et al. (arXiv 2309.00267, table 2).
 
-    python benchmarks/judge_alignment.py --task=tldr --data=DIR --pairs=48 --workdir=runs/alignment/tldr
+    python benchmarks/judge_alignment.py --task=tldr --data=DIR --pairs=48 --workdir=runs/alignment
 
 Tasks: tldr, hh_helpful, hh_harmless (all: the first pairs with different prompts of the human comparisons that the
 config of that name evaluates on, read from DIR as docs/data.md says) and judge_pairs (judge_pairs_human.jsonl.gz).
@@ -108,7 +108,9 @@ def main() -> None:
         )
         with jax.set_mesh(placement.mesh):
             judge = load_judge(judging, config.seed, placement)
-            folder = epath.Path(options.workdir) / judge.template.name.replace(":", "-").replace(",", "-")
+            folder = (
+                epath.Path(options.workdir) / options.task / judge.template.name.replace(":", "-").replace(",", "-")
+            )
             store.label(judge, pairs, folder, judge.template.name)
         columns = read_parquet(folder / "preferences.parquet").to_pydict()
         shards = read_json_lines(folder / "timing.jsonl")

@@ -7,6 +7,7 @@ An arm is one or more words with commas between them, e.g. `--config=configs/tld
     combined     as many human labels as the judge's, beside them
     base_prompt  the judge is only told the question, not the criteria
     reasoning    the judge writes a rationale before it answers (chain of thought)
+    self_consistency  as reasoning, with the answers after four sampled rationales averaged
     axes         the judge is asked for each quality by itself, and the answers are averaged
     rating       the judge rates each response by itself, from 1 to 10
     one_order    a label is the judge's answer in one order alone
@@ -33,6 +34,7 @@ ARMS = (
     "combined",
     "base_prompt",
     "reasoning",
+    "self_consistency",
     "axes",
     "rating",
     "one_order",
@@ -75,8 +77,11 @@ def task(
         config.label.source = "both"
     if "base_prompt" in words:
         config.judge.prompt.preamble = "base"
-    if "reasoning" in words:
+    if {"reasoning", "self_consistency"} & set(words):
         config.judge.prompt.chain_of_thought = True
+    if "self_consistency" in words:
+        config.judge.rationale.samples = 4
+        config.judge.rationale.sampling.update(temperature=0.7, top_k=40)
     for method in {"axes", "rating"} & set(words):
         config.judge.prompt.method = method
     if "one_order" in words:

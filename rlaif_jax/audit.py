@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from absl import flags
 from etils import epath
 
@@ -10,7 +12,7 @@ from rlaif_jax.commands import parse_plain, run_command
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.audit import audit
 from rlaif_jax.evaluation.budget import label_next
-from rlaif_jax.files import read_parquet, write_json, write_text
+from rlaif_jax.files import write_json, write_text
 from rlaif_jax.reporting.audit_page import render_audit
 from rlaif_jax.stages.folders import stage_folder
 from rlaif_jax.summary import print_audit
@@ -20,10 +22,11 @@ _HELP = """  --workdir=RUN     a run: the comparisons of people that its judge w
   --labels=FILE     a Parquet file with the columns of label/preferences.parquet, and where known `human` (what people
                     say of response_a: 1 better, 0 worse, null nothing), `generator_a` and `generator_b` (who wrote it)
   --by=COLUMN,...   splits the agreement with people by the values of these columns
-  --out=DIR         writes audit.json and audit.html there, not beside the label file
+  --out=DIR         writes NAME.audit.json and NAME.audit.html there, not beside NAME.parquet
   --next=N          also writes next.jsonl: the N pairs that people should label next
   --resamples=N     of the bootstrap behind each interval; 1000 by default"""
 _NEEDED = ("prompt", "response_a", "response_b", "status", "prob_a", "prob_a_forward", "prob_a_reversed", "judge")
+_NUMBERS = {"prob_a", "prob_a_forward", "prob_a_reversed", "human"}
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +49,7 @@ def _main(argv: list[str]) -> int:
     folder = epath.Path(options.out) if options.out else file.parent
     figures = audit(columns, options.resamples, 0, options.by)
     print_audit(str(file), figures)
-    pages = [folder / "audit.html", folder / f"{file.stem}.audit.json"]
+    pages = [folder / f"{file.stem}.audit.html", folder / f"{file.stem}.audit.json"]
     write_text(pages[0], render_audit(str(file), columns, figures))
     write_json(pages[1], figures)
     if options.next:
@@ -69,14 +72,37 @@ def _of_run(run: epath.Path) -> epath.Path:
 
 def _read(file: epath.Path, by: list[str]) -> dict[str, list]:
     """The columns of a label file. Raises UserError where it is missing, damaged or lacks some."""
-    if not file.exists():
-        raise UserError(f"--labels={file} does not exist")
-    columns = read_parquet(file).to_pydict()
+    if not file.exists() or file.is_dir():
+        raise UserError(f"--labels={file} {'is a folder: name a file' if file.is_dir() else 'does not exist'}")
+    try:
+        columns = pq.read_table(str(file)).to_pydict()
+    except pa.ArrowException as error:
+        raise UserError(f"--labels={file} is no Parquet file: {str(error).splitlines()[0]}") from error
     if missing := [name for name in (*_NEEDED, *by) if name not in columns]:
         raise UserError(f"{file} has no column {missing[0]!r}; it has {', '.join(columns)}")
     if not columns["status"]:
         raise UserError(f"{file} has no rows")
+    columns |= {name: [None if value != value else value for value in columns[name]] for name in _NUMBERS & {*columns}}
+    _check(file, columns)
     return {"template": [""] * len(columns["status"])} | columns
+
+
+def _check(file: epath.Path, columns: dict[str, list]) -> None:
+    """Raises UserError for a row that is no label."""
+    if ("generator_a" in columns) != ("generator_b" in columns):
+        raise UserError(f"{file} must have both generator_a and generator_b, or none")
+    for row, status in enumerate(columns["status"]):
+        for name in ("prompt", "response_a", "response_b"):
+            if not isinstance(columns[name][row], str):
+                raise UserError(f"{file}, row {row}: {name} must be a text")
+        for name in _NUMBERS & {*columns}:
+            value, needed = columns[name][row], name == "prob_a" and status == "ok"
+            if (value is None and needed) or (value is not None and not _is_share(value)):
+                raise UserError(f"{file}, row {row}: {name} must be from 0 to 1, not {value!r}")
+
+
+def _is_share(value) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 if __name__ == "__main__":

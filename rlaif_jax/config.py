@@ -307,6 +307,12 @@ def check(config: Config, devices: int) -> None:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
     if config.preferences.order != "both" and config.judge.prompt.method == "rating":
         raise UserError("config.preferences.order must be both where judge.prompt.method=rating: there are no orders")
+    rationale = config.judge.rationale
+    if rationale.samples > 1 and rationale.sampling.temperature == 0:
+        raise UserError(
+            f"config.judge.rationale.samples={rationale.samples} would all be the same at "
+            "judge.rationale.sampling.temperature=0"
+        )
     if config.judge.rationale.samples > config.judge.rationale.sampler.slots:
         raise UserError(
             f"config.judge.rationale.samples={config.judge.rationale.samples} must be at most its sampler.slots, "

@@ -25,7 +25,7 @@ DIR is then what datasets.load_dataset("DIR") and TRL's preference trainers read
 probability that the chosen one is better, and where each label comes from. Pairs without a preference are left out."""
 _CARD = """# {name}
 
-{rows} preferences between two responses of a policy to a prompt, labelled by an AI judge.
+{rows} preferences between two responses to a prompt, labelled by {labelled}.
 
 - Judge: `{judge}` (weights {judge_hash})
 - Prompt template: `{template}` ({template_hash})
@@ -35,7 +35,7 @@ _CARD = """# {name}
 | column | |
 |---|---|
 | `prompt`, `chosen`, `rejected` | texts, in the layout of TRL's preference trainers |
-| `chosen_probability` | how likely the chosen response is the better one, by the judge, over both orders |
+| `chosen_probability` | how likely the chosen response is the better one |
 | `margin` | the log-odds of that |
 | `row`, `hash_forward`, `hash_reversed` | the label's row in the run, and hashes of the exact prompts of both orders |
 
@@ -87,10 +87,10 @@ def export_labels(folder: epath.Path, out: epath.Path, name: str, licenses: dict
         "tags": ["preference", "rlaif", "trl"],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.parquet"}]}],
     }
-    card = _CARD.format(
-        name=name, rows=len(rows), left_out=_counts(left_out | {"undecided": undecided}), audit=_audit(folder),
-        **facts, **licenses,
-    )  # fmt: skip
+    labelled = "people" if facts["judge"] == "human" else "an AI judge"
+    unused = _counts(left_out | {"undecided": undecided})
+    facts |= {"name": name, "rows": len(rows), "labelled": labelled, "left_out": unused, "audit": _audit(folder)}
+    card = _CARD.format(**facts, **licenses)
     write_text(out / "README.md", f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{card}")
 
 

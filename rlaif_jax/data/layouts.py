@@ -113,6 +113,11 @@ def _dialogue_text(turns: list[dict[str, str]]) -> str:
     return "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in turns) + "\n\nAssistant:"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can spell half of a character, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _texts(row: Mapping, *names: str) -> Malformed | None:
     """What is wrong with the first field that is not a text with something in it; None where all are."""
     for name in names:
@@ -120,6 +125,8 @@ def _texts(row: Mapping, *names: str) -> Malformed | None:
             return Malformed(f"no field {name}")
         if not isinstance(row[name], str):
             return Malformed(f"{name} is not text")
+        if not is_unicode(row[name]):
+            return Malformed(f"{name} is not valid Unicode")
         if not row[name].strip():
             return Malformed(f"{name} is empty")
     return None

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlaif_jax.data import embedded
 from rlaif_jax.data.embedded import EmbeddedConfig
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
-from rlaif_jax.data.layouts import LAYOUTS, Draft, split_dialogues
+from rlaif_jax.data.layouts import LAYOUTS, Draft, is_unicode, split_dialogues
 from rlaif_jax.data.sources import Malformed, SourceConfig, read
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import write_json, write_parquet
@@ -102,6 +102,8 @@ def _reply(raw: Mapping[str, Any], name: str) -> str | Malformed:
         value = value[0]
     if not isinstance(value, str):
         return Malformed(f"no text in {name}")
+    if not is_unicode(value):
+        return Malformed(f"{name} is not valid Unicode")
     return value.split("\n\nHuman:")[0].strip() or Malformed(f"{name} is empty")
 
 

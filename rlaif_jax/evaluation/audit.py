@@ -60,12 +60,12 @@ def _slots(rows: Columns, mean: Callable) -> dict[str, Figure]:
     if rows["prob_a_forward"][0] is None:
         return {}
     forward, backward = (np.array(rows[f"prob_a_{order}"], float) for order in ("forward", "reversed"))
-    first = np.concatenate([_share(forward), _share(1 - backward)])  # a sits in slot 2 when reversed
-    flips = (forward > 0.5) != (backward > 0.5)
+    # A pair is one observation; a sits in slot 2 when reversed.
+    same = np.sign(forward - 0.5) * np.sign(0.5 - backward)
     return {
-        "first_slot_rate": mean(first),
-        "same_slot_in_both_orders": mean(flips),
-        "first_slot_when_same": mean(_share(forward)[flips]),
+        "first_slot_rate": mean((_share(forward) + _share(1 - backward)) / 2),
+        "same_slot_in_both_orders": mean((1 + same) / 2),
+        "first_slot_when_same": mean(_share(forward)[same > 0]),
     }
 
 
@@ -91,14 +91,14 @@ def _people(
         return {}
     agrees, confidence = agreement(prob_a, human), np.maximum(prob_a, 1 - prob_a)
     lengths = np.array([len(a) - len(b) for a, b in zip(rows["response_a"], rows["response_b"], strict=True)])[said]
-    calibrated = cross_fitted(prob_a, human)
+    calibrated, error = cross_fitted(prob_a, human), expected_calibration_error
     figures = {
         "judge_agreement/human": mean(agrees),
         "judge_kappa/human": bootstrap_ci((prob_a, human), kappa, resamples, seed),
         "longer_agreement/human": mean(agreement(0.5 + 0.5 * np.sign(lengths), human)),
-        "calibration/ece": bootstrap_ci((prob_a, human), expected_calibration_error, resamples, seed),
+        "calibration/ece": bootstrap_ci((prob_a, human), error, resamples, seed, centred=True),
         "calibration/brier": mean((prob_a - human) ** 2),
-        "calibration/ece_after_scaling": bootstrap_ci((calibrated, human), expected_calibration_error, resamples, seed),
+        "calibration/ece_after_scaling": bootstrap_ci((calibrated, human), error, resamples, seed, centred=True),
         "calibration/brier_after_scaling": mean((calibrated - human) ** 2),
         "calibration/temperature": fit_temperature(prob_a, human),
         "calibration/reliability": reliability(prob_a, human),

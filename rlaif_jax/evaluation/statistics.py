@@ -24,17 +24,23 @@ def mean_ci(values: np.ndarray | Sequence[float], resamples: int, seed: int) -> 
     return {"mean": float(values.mean()), "ci95": interval, "n": len(values)}
 
 
-def bootstrap_ci(arrays: Sequence[np.ndarray], statistic: Callable[..., float], resamples: int, seed: int) -> Figure:
+def bootstrap_ci(
+    arrays: Sequence[np.ndarray], statistic: Callable[..., float], resamples: int, seed: int, centred: bool = False
+) -> Figure:
     """A statistic of paired observations with a percentile-bootstrap 95 % interval.
 
     arrays: each [n], resampled together; `statistic` takes them in their order. Needs n > 0.
+    centred: for statistics that resampling pushes up, e.g. the size of errors: the interval is moved by the mean push,
+    and does not go below 0.
     """
     arrays, n = [np.asarray(array, float) for array in arrays], len(arrays[0])
     rng = np.random.default_rng(seed)
     draws = (rng.integers(0, n, n) for _ in range(resamples))
     values = [statistic(*(array[rows] for array in arrays)) for rows in draws]
-    low, high = np.percentile(values, (2.5, 97.5))
-    return {"mean": float(statistic(*arrays)), "ci95": [float(low), float(high)], "n": n}
+    mean, (low, high) = float(statistic(*arrays)), np.percentile(values, (2.5, 97.5))
+    if centred:
+        low, high = (max(x - np.mean(values) + mean, 0.0) for x in (low, high))
+    return {"mean": mean, "ci95": [float(low), float(high)], "n": n}
 
 
 def t_ci(values: np.ndarray | Sequence[float]) -> Figure:

@@ -8,6 +8,7 @@ from etils import epath
 
 from rlaif_jax.commands import parse_flags, run_command
 from rlaif_jax.config import parse
+from rlaif_jax.data.layouts import is_unicode
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import judge_pairs, load_judge
@@ -33,6 +34,8 @@ def _main(argv: list[str]) -> int:
     texts = (options.prompt, options.a, options.b)
     if not all(text and text.strip() for text in texts):
         raise UserError(_USAGE)
+    if not all(map(is_unicode, texts)):
+        raise UserError("--prompt, --a and --b must be texts in UTF-8")
     run, pair = open_run(with_seed(parse(options.config.to_dict()), None), epath.Path(".")), Pair(*texts)
     with jax.set_mesh(run.placement.mesh):
         judge = load_judge(run.config.judge, run.config.seed, run.placement)

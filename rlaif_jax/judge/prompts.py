@@ -208,16 +208,20 @@ class _File:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"judge template {path} is not YAML: {error}".replace("\n", " ")) from error
+    fields = _load_yaml(path)
     if not isinstance(fields, dict):
         raise UserError(f"judge template {path} must be a mapping of fields")
     known = [field.name for field in dataclasses.fields(_File)]
     if unknown := sorted(map(str, set(fields) - set(known))):
         raise UserError(f"judge template {path} has an unknown field {unknown[0]}; the fields are {', '.join(known)}")
     return fields
+
+
+def _load_yaml(path: epath.Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"judge template {path} is not YAML: {error}".replace("\n", " ")) from error
 
 
 def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
@@ -227,7 +231,7 @@ def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
     if rating:
         preamble, item = _texts("rating", file.rating, "preamble", "item")
         axes, questions, choices = ("",), _texts("rating", file.rating, "verdict"), tuple(file.rating["scores"])
-        if len(choices) < 2 or not all(isinstance(score, str) for score in choices):
+        if len(choices) < 2 or not all(isinstance(score, str) and score for score in choices):
             raise TypeError("rating.scores must be two texts or more (numbers in quotes), the lowest first")
     else:
         if config.preamble not in file.preambles:
@@ -252,6 +256,8 @@ def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
 
 
 def _texts(group: str, fields: Mapping, *names: str) -> tuple[str, ...]:
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"{group} must be a mapping of fields")
     for name in names:
         if not isinstance(fields.get(name), str):
             raise TypeError(f"it needs a text {group}.{name}")
@@ -283,14 +289,14 @@ def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: M
         path = epath.Path(config.exemplars)
         if not path.exists():
             raise UserError(f"judge.prompt.exemplars={path} does not exist")
-        examples = yaml.safe_load(path.read_text())
+        examples = _load_yaml(path)
     if not isinstance(examples, list) or len(examples) < config.shots:
         count = len(examples) if isinstance(examples, list) else "no list of"
         raise UserError(f"judge.prompt.shots={config.shots}, but {path} has {count} examples")
     shots = []
     for index, example in enumerate(examples[: config.shots]):
         try:
-            pair = Pair(example["prompt"], example["response_1"], example["response_2"])
+            pair = Pair(*_texts("example", example, "prompt", "response_1", "response_2"))
             reasoning = template.reasoning.cue + example["rationale"] if template.reasoning else ""
             if example["choice"] not in (1, 2):
                 raise TypeError(f"choice: {example['choice']!r} is neither 1 nor 2")

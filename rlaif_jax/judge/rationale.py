@@ -69,8 +69,17 @@ def make_reasoner(
         config.sampler,
         scorer.prefix,
     )
-    verdict = grow(texts_to_tokens(tokenizer, template.questions), choices)
+    verdict = grow(texts_to_tokens(tokenizer, _questions(template)), choices)
     return Reasoner(sampler, config.samples, tokenizer, template, verdict, choices, jax.random.key(seed))
+
+
+def _questions(template: Template) -> list[str]:
+    """What may follow a rationale: the questions, and for each stop text the questions without it at their beginning.
+
+    A rationale that ended with a stop text has it already, and a question is to follow as it does in worked examples.
+    """
+    beginnings = ("", *template.reasoning.stop)
+    return [question.removeprefix(beginning) for beginning in beginnings for question in template.questions]
 
 
 def reason(
@@ -94,8 +103,10 @@ def reason(
     )
     for row, reply in sample(sampler, prompts, reasoner.key, row_ids, conclude=conclude):
         text = reasoner.tokenizer.decode(reply.tokens, skip_special_tokens=True)
-        scores = sum_by_choice(reply.conclusion, len(reasoner.template.questions), reasoner.choices)
-        yield *divmod(row, samples), cut(text, reasoner.template.reasoning.stop), scores
+        stops, count = reasoner.template.reasoning.stop, len(reasoner.template.questions)
+        scores = sum_by_choice(reply.conclusion, (1 + len(stops)) * count, reasoner.choices)
+        found = next((1 + i for i, stop in enumerate(stops) if text.endswith(stop)), 0)
+        yield *divmod(row, samples), cut(text, stops), scores[found * count : (found + 1) * count]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "eos"))

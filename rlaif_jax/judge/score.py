@@ -167,6 +167,8 @@ def judge_pairs(
     plan: of the job that the pairs are part of. ids: the number of each in the job, on which its rationales depend.
     Without them the pairs are the job. `on_prompts` is told of prompts that are scored, and how many.
     """
+    if not pairs:
+        return []
     plan = plan or plan_judging(judge, pairs)
     answers = answer_pairs(judge, pairs, plan, range(len(pairs)) if ids is None else ids, on_prompts)
     return [_judgement(judge, pair, i, answers) for i, pair in enumerate(pairs)]

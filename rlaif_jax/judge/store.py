@@ -77,15 +77,18 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
     """
     size, shards = judge.config.shard_size, folder / "shards"
     batches = [range(start, min(start + size, len(pairs))) for start in range(0, len(pairs), size)]
-    known, done, failed = Known(judge), set(), []
+    known, done, failed = Known(judge), set(), set()
     for path, table in read_shards(shards, _REMEDY):
         _check_judge(judge, path, table)
+        _check_pairs(pairs, path, table, None if _is_retry(path) else batches[_number(path) : _number(path) + 1])
         known.add(path, table)
-        if not path.name.startswith("retry"):
-            done.add(int(path.name.split(".")[0]))
-            failed += _failures(table)
+        if _is_retry(path):
+            failed -= set(table["row"].to_pylist())
         else:
-            failed = [row for row in failed if row not in set(table["row"].to_pylist())]
+            done.add(_number(path))
+            failed |= set(_failures(table))
+    if again := sorted(row for row in failed if row // size % worker.count == worker.index):
+        _retry(judge, pairs, again, shards)
     mine = [i for i in range(len(batches)) if i not in done and i % worker.count == worker.index]
     if mine:
         plan = plan_judging(judge, pairs)
@@ -95,15 +98,11 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
                 began = time.perf_counter()
                 table = _judge(judge, pairs, batches[i], plan, known, bar.update)
                 known.add(write_checked_parquet(shards, f"{i:05d}", table), table)
-                failed += _failures(table)
                 _note_time(folder, i, table, time.perf_counter() - began)
-    failed = [row for row in failed if row // size % worker.count == worker.index]
-    if failed:
-        _retry(judge, pairs, failed, shards, worker)
-    there = {int(path.name.split(".")[0]) for path in shards.glob("[0-9]*.*.parquet")}  # other workers' among them
+    there = {_number(path) for path in shards.glob("[0-9]*.*.parquet")}  # other workers' among them
     if not there.issuperset(range(len(batches))):
         return False
-    _check_failures(_assemble(judge, folder, len(batches)), judge.config.max_failure_rate, folder)
+    _check_failures(_assemble(judge, folder), judge.config.max_failure_rate, folder)
     return True
 
 
@@ -171,24 +170,46 @@ def _judge(judge: Judge, pairs, rows: Sequence[int], plan: Plan, known: Known, o
     fresh = sorted(first.values())
     judgements = judge_pairs(judge, [pairs[row] for row in fresh], plan, fresh, on_prompts)
     judged = [_row(judge, row, pairs[row], judgement) for row, judgement in zip(fresh, judgements, strict=True)]
+    mended = _alone(judge, pairs, [row["row"] for row in judged if row["status"] in _RETRIED])
+    judged = [mended.get(row["row"], row) for row in judged]
     known.share(_table(judged))
     found |= {keys[row["row"]]: row for row in judged}
     on_prompts(2 * (len(rows) - len(fresh)))
     texts = {row: dataclasses.asdict(pairs[row]) for row in rows}
-    return _table([found[keys[row]] | texts[row] | {"row": row} for row in rows])
+    return _table([found[keys[row]] | judge.provenance | texts[row] | {"row": row} for row in rows])
 
 
-def _retry(judge: Judge, pairs, rows: Sequence[int], shards: epath.Path, worker: Worker) -> None:
-    """Judges rows that failed again, each by itself, and keeps those that are now scored."""
-    judged, plan = [], plan_judging(judge, [pairs[row] for row in rows])
-    for row in rows:
-        (judgement,) = judge_pairs(judge, [pairs[row]], plan, [row])
-        judged.append(_row(judge, row, pairs[row], judgement))
-    if mended := [row for row in judged if row["status"] == "ok"]:
-        write_checked_parquet(shards, f"retry-{time.time_ns()}-{worker.index}", _table(mended))
+def _alone(judge: Judge, pairs, rows: Sequence[int]) -> dict[int, dict]:
+    """Judges rows that failed again, each by itself; those that are now scored."""
+    plan = plan_judging(judge, [pairs[row] for row in rows])
+    judged = (_row(judge, row, pairs[row], judge_pairs(judge, [pairs[row]], plan, [row])[0]) for row in rows)
+    return {row["row"]: row for row in judged if row["status"] == "ok"}
 
 
-def _assemble(judge: Judge, folder: epath.Path, count: int) -> collections.Counter:
+def _retry(judge: Judge, pairs, rows: Sequence[int], shards: epath.Path) -> None:
+    """Another try at rows that an earlier run could not score; what is scored now is committed beside them."""
+    if mended := _alone(judge, pairs, rows):
+        write_checked_parquet(shards, f"retry-{time.time_ns()}-{rows[0]}", _table(list(mended.values())))
+
+
+def _is_retry(path: epath.Path) -> bool:
+    return path.name.startswith("retry")
+
+
+def _number(path: epath.Path) -> int:
+    return int(path.name.split(".")[0])
+
+
+def _check_pairs(pairs, shard: epath.Path, table: pa.Table, batch: list[range] | None) -> None:
+    """Raises UserError where the shard is not of these pairs; `batch`: its rows, if it is not of single ones."""
+    rows = table["row"].to_pylist()
+    same = (not batch or rows == list(batch[0])) and batch != [] and max(rows, default=-1) < len(pairs)
+    texts = zip(*(table[name].to_pylist() for name in ("prompt", "response_a", "response_b")), strict=True)
+    if not same or any(text != dataclasses.astuple(pairs[row]) for row, text in zip(rows, texts, strict=True)):
+        raise UserError(f"{shard} holds labels of other pairs: use another folder, or delete {shard.parent}")
+
+
+def _assemble(judge: Judge, folder: epath.Path) -> collections.Counter:
     """Writes table and manifest from the shards, one at a time, and counts the rows by status."""
     shards, statuses, names = folder / "shards", collections.Counter(), []
     retried = {}
@@ -196,9 +217,11 @@ def _assemble(judge: Judge, folder: epath.Path, count: int) -> collections.Count
         retried |= {row["row"]: row for row in read_shard(path, _REMEDY).to_pylist()}
         names.append(path.name)
     with _parquet(folder / "preferences.parquet") as writer:
+        written = set()
         for path, table in read_shards(shards, _REMEDY):
-            if path.name.startswith("retry") or int(path.name.split(".")[0]) >= count:
+            if _is_retry(path) or _number(path) in written:  # two workers may have judged the same
                 continue
+            written.add(_number(path))
             if retried and any(row in retried for row in table["row"].to_pylist()):
                 table = _table([retried.get(row["row"], row) for row in table.to_pylist()])
             writer.write_table(table)

@@ -70,6 +70,7 @@ def test_an_abstract_may_be_a_list_of_sentences():
         ("request", {}, "no field prompt"),
         ("request", {"prompt": 3}, "prompt is not text"),
         ("request", {"prompt": "  "}, "prompt is empty"),
+        ("request", {"prompt": "half of \ud83d"}, "prompt is not valid Unicode"),
         ("tldr", {"prompt": "Summarise this"}, "prompt is not in the TL;DR layout"),
         ("tldr", {"subreddit": "a", "title": "b", "post": None}, "post is not text"),
         ("abstract", {"title": "b", "source": []}, "source is empty"),

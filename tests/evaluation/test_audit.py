@@ -88,6 +88,20 @@ def test_a_judge_that_always_names_slot_one_is_told_so():
     assert found["judge_kappa/human"]["mean"] == pytest.approx(0, abs=1e-9)
 
 
+def test_pairs_that_it_cannot_tell_apart_count_half_in_both_slots():
+    columns = synthetic()
+    columns |= {name: [0.5] * N for name in ("prob_a", "prob_a_forward", "prob_a_reversed")}
+    found = audit(columns, 100, 0)
+    assert found["first_slot_rate"] == {"mean": 0.5, "ci95": [0.5, 0.5], "n": N}
+    assert found["same_slot_in_both_orders"]["mean"] == 0.5
+
+
+def test_the_calibration_error_lies_in_its_interval_even_of_few_labels():
+    columns = {name: values if isinstance(values, str) else values[:48] for name, values in synthetic().items()}
+    found = audit(columns, 500, 0)["calibration/ece"]
+    assert 0 <= found["ci95"][0] < found["mean"] < found["ci95"][1]
+
+
 def test_agreement_is_split_by_any_column():
     columns = synthetic()
     wrong = [human if group == "right" else 1 - human

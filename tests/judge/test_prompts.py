@@ -184,6 +184,28 @@ def test_a_file_that_is_no_template_is_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+def test_worked_examples_from_a_broken_file_are_one_line(tmp_path):
+    for content, words in (
+        (b"a: [", "is not YAML"),
+        (b"\xff\xfe\xff", "is not YAML"),
+        (b"- {prompt: 1, response_1: x, response_2: y, choice: 1}", "needs a text example.prompt"),
+        (b"- {response_1: x, response_2: y, choice: 1}", "needs a text example.prompt"),
+        (b"prompt: x", "has no list of examples"),
+    ):
+        (tmp_path / "exemplars.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=words) as error:
+            template(tmp_path, {"exemplars": str(tmp_path / "exemplars.yaml")})
+        assert "\n" not in str(error.value) and "exemplars.yaml" in str(error.value)
+
+
+def test_a_score_without_a_text_is_refused(tmp_path):
+    rating = {"preamble": "Rate.", "item": "Q {prompt} A {response}", "verdict": " Score:", "scores": ["", "1"]}
+    with pytest.raises(UserError, match=r"rating\.scores must be two texts"):
+        template(tmp_path, {"method": "rating", "shots": 0}, rating=rating)
+    with pytest.raises(UserError, match="rating must be a dict"):
+        template(tmp_path, {"method": "rating", "shots": 0}, rating="Rate.")
+
+
 def test_a_stop_that_is_one_text_is_refused_for_it_would_be_its_letters(tmp_path):
     with pytest.raises(UserError, match="stop must be a list"):
         template(tmp_path, REASONED, reasoning=REASONING | {"stop": "\n\n"})

@@ -46,16 +46,18 @@ def by_hand(judge, text):
     def encode(text):
         return judge.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    stops, verdict = judge.template.reasoning.stop, judge.template.questions[0]
     tokens, written = encode(text), []
     while len(written) < LIMIT:
         written.append(int(logits(tokens + written)[-1].argmax()))
         said = judge.tokenizer.decode(written)
-        if any(stop in said for stop in TEMPLATE["reasoning"]["stop"]):
+        if any(stop in said for stop in stops):
+            verdict = verdict.removeprefix(next((stop for stop in stops if said.endswith(stop)), ""))
             break
         if written[-1] == judge.tokenizer.eos_token_id:
             written.pop()
             break
-    before = tokens + written + encode(TEMPLATE["verdict"])
+    before = tokens + written + encode(verdict)
     scores = []
     for choice in map(encode, TEMPLATE["choices"]):
         logprobs = jax.nn.log_softmax(logits(before + choice)[len(before) - 1 : -1])
@@ -73,6 +75,20 @@ def test_the_choice_is_scored_after_the_judges_own_rationale(reasoning):
         np.testing.assert_allclose(
             (judgement.verdict.prob_a_forward, judgement.verdict.prob_a_reversed), expected, atol=1e-4
         )
+
+
+def test_a_question_follows_a_stop_text_that_it_begins_with_once(reasoning, config, tmp_path):
+    (said, _) = by_hand(reasoning, reasoning.template.asked(PAIRS[0])[0].text)
+    stop = said[-4:]
+    changes = {"verdict": stop + "So, ", "reasoning": {"cue": "Because", "stop": ["never", stop]}}
+    path = tmp_path / "template.yaml"
+    path.write_text(yaml.safe_dump(TEMPLATE | changes))
+    prompt = {"template": str(path), "chain_of_thought": True, "shots": 0}
+    judge = judge_with(config, prompt=prompt, rationale=reasoning.config.rationale)
+    (judgement,) = judge_pairs(judge, PAIRS[:1])
+    rationale, log_odds = by_hand(judge, judge.template.asked(PAIRS[0])[0].text)
+    assert rationale.endswith(stop) and judgement.rationale_forward[0] == rationale[: rationale.index(stop)]
+    assert judgement.verdict.prob_a_forward == pytest.approx(1 / (1 + np.exp(-log_odds)), abs=1e-4)
 
 
 def test_a_prompt_without_room_for_a_rationale_has_no_label(reasoning):

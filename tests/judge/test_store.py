@@ -96,6 +96,57 @@ def test_a_failure_is_tried_again_by_itself_and_what_is_committed_stays(judge, t
     assert len(judged) == 1
 
 
+def test_a_pair_that_fails_among_others_is_judged_again_alone_at_once(judge, tmp_path, monkeypatch, judged):
+    expected, honest = labelled(judge, PAIRS, tmp_path / "whole"), store.judge_pairs
+
+    def fails_in_company(j, pairs, *rest, **more):
+        found = honest(j, pairs, *rest, **more)
+        bad = dataclasses.replace(found[0], status="not_finite", verdict=None)
+        return found if len(pairs) == 1 else [bad, *found[1:]]
+
+    monkeypatch.setattr(store, "judge_pairs", fails_in_company)
+    judged.clear()
+    table = labelled(judge, PAIRS, tmp_path / "mended")
+    assert judged == [PAIRS[:2], PAIRS[:1], PAIRS[2:]]
+    assert table["status"].to_pylist() == ["ok"] * 3
+    np.testing.assert_allclose(table["prob_a"], expected["prob_a"], atol=1e-6)
+    assert not list((tmp_path / "mended" / "shards").glob("retry*"))
+
+
+def test_a_run_of_which_all_is_known_judges_nothing_and_says_whose_labels_they_are(judge, tmp_path, judged):
+    judge = dataclasses.replace(judge, config=dataclasses.replace(judge.config, cache=str(tmp_path / "cache")))
+    first = labelled(judge, PAIRS, tmp_path / "a")
+    judged.clear()
+    renamed = dataclasses.replace(judge, template=dataclasses.replace(judge.template, name="renamed"))
+    again = labelled(renamed, PAIRS, tmp_path / "b")
+    assert not any(judged)
+    assert again["prob_a"].equals(first["prob_a"])
+    assert set(again["template"].to_pylist()) == {"renamed"}
+
+
+def test_labels_of_other_pairs_are_refused(judge, tmp_path):
+    labelled(judge, PAIRS, tmp_path)
+    changed = dataclasses.replace(PAIRS[2], response_b="changed")
+    for pairs, shard_size in (
+        ([*PAIRS[:2], changed], 2),
+        ([PAIRS[2], *PAIRS[:2]], 2),
+        (PAIRS[:1], 2),
+        (PAIRS, 1),
+    ):
+        other = dataclasses.replace(judge, config=dataclasses.replace(judge.config, shard_size=shard_size))
+        with pytest.raises(UserError, match="holds labels of other pairs"):
+            labelled(other, pairs, tmp_path)
+
+
+def test_a_shard_that_two_workers_judged_is_read_once(judge, tmp_path):
+    first = labelled(judge, PAIRS, tmp_path)
+    table = pq.read_table(shard(tmp_path, 1))
+    half = table.set_column(table.schema.get_field_index("prob_a"), "prob_a", pa.array([0.5]))
+    store.write_checked_parquet(tmp_path / "shards", "00001", half.cast(table.schema))
+    again = labelled(judge, PAIRS, tmp_path)
+    assert again["row"].to_pylist() == first["row"].to_pylist() == [0, 1, 2]
+
+
 def test_workers_label_disjoint_shards_and_the_last_one_joins_them(judge, tmp_path, judged):
     pairs = [Pair(f"{i} {pair.prompt}", pair.response_a, pair.response_b) for i in range(3) for pair in PAIRS]
     alone = labelled(judge, pairs, tmp_path / "alone")

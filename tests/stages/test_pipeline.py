@@ -5,6 +5,7 @@ import shutil
 import datasets
 import jax
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from absl import flags
@@ -113,6 +114,10 @@ BAD_USAGE = {
     "judge too short": (["--config.judge.max_length=4096"], ["judge.max_length=4096", "2048"]),
     "batch of no device": (["--config.rl.batch_size=17"], ["rl.batch_size=17"]),
     "no minibatch": (["--config.rl.minibatches=0"], ["rl.minibatches=0", "positive"]),
+    "samples all alike": (
+        ["--config.judge.rationale.samples=2"],
+        ["judge.rationale.samples=2", "temperature=0"],
+    ),
     "share above 1": (["--config.data.embedded.polite_share=1.5"], ["polite_share=1.5"]),
     "unknown schedule": (["--config.rl.optimizer.schedule=cosin"], ["rl.optimizer.schedule", "cosine"]),
     "unknown dtype": (["--config.judge.dtype=float8"], ["judge.dtype='float8'", "bfloat16"]),
@@ -311,14 +316,29 @@ def test_the_audit_command_reads_a_run_and_says_what_is_wrong(finished, tmp_path
     assert "first_slot_rate" in capfd.readouterr().out
     assert json.loads((tmp_path / "preferences.audit.json").read_text())["scored"]["n"] == 16
     assert len((tmp_path / "next.jsonl").read_text().splitlines()) == 3
-    assert "To label next" in (tmp_path / "audit.html").read_text()
+    assert "To label next" in (tmp_path / "preferences.audit.html").read_text()
     file = finished[0] / "label" / "preferences.parquet"
+
+    def bad(name, value):
+        columns = pq.read_table(file).to_pydict()
+        pq.write_table(pa.table(columns | {name: [value] * len(columns["row"])}), tmp_path / f"{name}-{value}.parquet")
+        return str(tmp_path / f"{name}-{value}.parquet")
+
     for arguments, words in (
         (["--labels=/nowhere.parquet"], "/nowhere.parquet does not exist"),
         ([f"--labels={file}", "--by=colour"], "no column 'colour'"),
         ([], "usage:"),
         (["--label=x"], "labels"),
-    ):
+        ([f"--labels={tmp_path}"], "is a folder"),
+        ([f"--labels={tmp_path / 'next.jsonl'}"], "is no Parquet file"),
+        *((["--labels=" + bad(name, value)], words) for name, value, words in (
+            ("prob_a", 1.5, "row 0: prob_a must be from 0 to 1, not 1.5"),
+            ("prob_a", float("nan"), "row 0: prob_a must be from 0 to 1, not None"),
+            ("human", "yes", "row 0: human must be from 0 to 1, not 'yes'"),
+            ("response_a", None, "row 0: response_a must be a text"),
+            ("generator_a", "tiny", "must have both generator_a and generator_b"),
+        )),
+    ):  # fmt: skip
         assert audit.main(["audit", *arguments]) == 2
         error = capfd.readouterr().err
         assert words in error and error.count("\n") == 1

@@ -28,7 +28,7 @@ def flags(config, workdir, data, **fields):
         ("configs/tldr.py:smoke,combined,axes", "SUBREDDIT: r/", True),
         ("configs/scitldr.py:smoke,base_prompt", "TITLE: ", False),
         ("configs/hh_helpful.py:smoke,rating", "\n\nHuman: ", True),
-        ("configs/hh_harmless.py:smoke,rlhf,teacher_sft", "\n\nHuman: ", True),
+        ("configs/hh_harmless.py:smoke,rlhf", "\n\nHuman: ", True),
     ],
 )
 def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins, human):
@@ -49,12 +49,20 @@ def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins,
     assert ("judge_agreement/human" in results) is human
     assert not [name for name in results if "ground_truth" in name]
     assert results["judge_is_training_judge"] is ("rlhf" not in config)
-    if "teacher_sft" in config:
-        taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
-        assert 0 < len(taught) <= 24 and all(row["reply"] for row in taught)
     report = json.loads((tmp_path / "sft" / "data" / "report.json").read_text())
     assert report["demonstrations"]["rows"] > 100
     assert not any(entry["malformed"] for entry in report.values())
+
+
+def test_sft_learns_what_a_teacher_writes(real_data, tmp_path):
+    fields = {"sft__teacher__max_new_tokens": 64, "policy__max_response_length": 96, "sft__packing": False}
+    arguments = flags("configs/tldr.py:smoke,teacher_sft", tmp_path, real_data, sft__steps=2, **fields)
+    assert main(["main", *arguments, "--stages=sft"]) == 0
+    taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
+    prompts = read_parquet(tmp_path / "sft" / "data" / "train_prompts.parquet")["prompt"].to_pylist()
+    assert 8 <= len(taught) <= 24
+    assert all(row["reply"].strip() and row["prompt"] in prompts for row in taught)
+    assert not (tmp_path / "sft" / "teacher").exists()
 
 
 def start(arguments):
