@@ -155,13 +155,14 @@ def _smoke(config: config_dict.ConfigDict) -> None:
     config.policy.model.update(vocab_size=2048, max_position_embeddings=256)
     config.policy.max_prompt_length = 128
     config.policy.max_response_length = 48
-    config.judge.update(dtype="float32", batch_tokens=1024, buckets=2, shard_size=4)
+    config.judge.update(dtype="float32", batch_tokens=1024, buckets=1, bucket_multiple=256, shard_size=4)
     config.judge.rationale.max_new_tokens = 48
     config.judge.rationale.sampler.update(slots=8, refill=4)
     config.sampler.update(slots=24, refill=8, chunk=16, prompt_buckets=1)
     config.sft = small.sft
     config.sft.teacher.update(demonstrations=40, max_new_tokens=64)
     config.sft.teacher.sampling.temperature = 0.7
+    config.sft.teacher.sampler.update(slots=24, refill=8, prompt_buckets=1)
     config.sft.update(steps=20, batch_size=8, row_length=256, checkpoint_every=10)
     config.label.update(pairs=12, audit_pairs=6)
     config.reward_model = small.reward_model
