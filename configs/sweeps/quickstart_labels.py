@@ -2,7 +2,7 @@
 
     python -m rlaif_jax.sweep --config=configs/sweeps/quickstart_labels.py --workdir=runs/sweeps
 
-About 40 minutes on 2 CPU cores: each seed's SFT policy and labels are made once and serve every arm. The table has the
+About 35 minutes on 2 CPU cores: each seed's SFT policy and labels are made once and serve every arm. The table has the
 paired differences from the quickstart's own labels, seed by seed.
 """
 
