@@ -125,8 +125,10 @@ def describe(name: str, columns: dict, human: list[float], seconds: float) -> di
     """The figures of one prompt."""
     figures = audit(columns | {"human": human}, 1000, 0)
     ok = np.array(columns["status"]) == "ok"
-    forward = np.array(columns["prob_a_forward"], float)[ok]
-    one_order = mean_ci(agreement(forward, np.array(human)[ok]), 1000, 0)
+    forward, backward = (np.array(columns[f"prob_a_{order}"], float)[ok] for order in ("forward", "reversed"))
+    # Which order is a coin's: where the chosen response always comes first, a judge that names slot 1 would seem good.
+    coin = np.random.default_rng(0).random(len(forward)) < 0.5
+    one_order = mean_ci(agreement(np.where(coin, forward, backward), np.array(human)[ok]), 1000, 0)
     names = ("judge_agreement/human", "same_slot_in_both_orders", "first_slot_when_same", "calibration/ece")
     return {"prompt": name, "n": int(ok.sum()), "one_order": one_order, "seconds_per_label": seconds} | {
         name: figures[name] for name in names

@@ -116,10 +116,12 @@ def _people(
 
 
 def kappa(prob_a: np.ndarray, human: np.ndarray) -> float:
-    """Cohen's kappa of the sides that judge and people take (1960): agreement beyond chance; 0 where chance is sure."""
-    one, other = prob_a > 0.5, human > 0.5
-    chance = one.mean() * other.mean() + (1 - one.mean()) * (1 - other.mean())
-    return float((np.mean(one == other) - chance) / (1 - chance)) if chance < 1 else 0.0
+    """Cohen's kappa of judge and people (1960): agreement beyond chance, which is a half.
+
+    Which response is called a says nothing, and in some sets it is always the chosen one: each pair counts both ways
+    round, so that either side is taken equally often.
+    """
+    return float(2 * np.mean(agreement(prob_a, human)) - 1)
 
 
 def agreement(preference_a: np.ndarray, label_a: np.ndarray) -> np.ndarray:

@@ -59,6 +59,9 @@ def render_audit(title: str, columns: Mapping[str, Sequence[Any]], figures: Mapp
     prob_a = np.array([columns["prob_a"][i] for i in ok], float)
     human = np.array([np.nan if value is None else value for value in columns.get("human", [])], float)
     said = np.isin(human[ok], (0.0, 1.0)) if len(human) else np.zeros(len(ok), bool)
+    # Every other pair the other way round: in some sets a is always the chosen response.
+    turned = np.arange(np.sum(said)) % 2 == 1
+    pairs = [np.where(turned, 1 - x, x) for x in (prob_a[said], human[ok][said])] if said.any() else None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -74,7 +77,7 @@ def render_audit(title: str, columns: Mapping[str, Sequence[Any]], figures: Mapp
         by=audit_rows(by),
         temperature=figures.get("calibration/temperature"),
         histogram=charts.histogram(prob_a) if len(prob_a) else None,
-        reliability=charts.reliability(calibration(prob_a[said], human[ok][said])) if said.any() else None,
+        reliability=charts.reliability(calibration(*pairs)) if pairs else None,
         compared=int(said.sum()),
         budget=_budget(agreement["mean"] if agreement else None),
         agreement=percent(agreement["mean"]) if agreement else None,

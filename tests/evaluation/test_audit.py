@@ -129,5 +129,10 @@ def test_a_rating_judge_has_no_slots():
 
 def test_kappa_and_agreement_are_the_textbooks():
     judge, human = np.array([0.9, 0.8, 0.3, 0.4, 0.7]), np.array([1.0, 0.0, 0.0, 1.0, 1.0])
-    assert kappa(judge, human) == pytest.approx((0.6 - 0.52) / 0.48)
+    one, other = (np.concatenate([x, 1 - x]) > 0.5 for x in (judge, human))  # both ways round
+    chance = one.mean() * other.mean() + (1 - one.mean()) * (1 - other.mean())
+    assert kappa(judge, human) == pytest.approx((np.mean(one == other) - chance) / (1 - chance)) == pytest.approx(0.2)
+    always_a = np.ones(5)  # the sets whose chosen response comes first
+    swapped = np.where(human > 0.5, judge, 1 - judge)
+    assert kappa(swapped, always_a) == pytest.approx(kappa(judge, human))
     assert agreement(np.array([0.5]), np.array([1.0])) == 0.5
