@@ -129,6 +129,7 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     params = decoding_parameters(stacked, place_parameters(stacked, weights, placement), placement)
     model = decoding_model(stacked)
     prefix = read_prefix(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
+    jax.block_until_ready((params, prefix))  # a process that ends in the middle of it, with nothing to judge, crashes
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
     reasoner = None
     if template.reasoning:
