@@ -12,7 +12,6 @@ import pytest
 
 from rlaif_jax.data import tfds_builders
 from rlaif_jax.files import read_parquet
-from rlaif_jax.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +19,18 @@ pytestmark = pytest.mark.slow
 def flags(config, workdir, data, **fields):
     overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
     return [f"--config={config}", f"--workdir={workdir}", f"--config.data.root={data}", *overrides]
+
+
+def start(arguments):
+    """As a user on a CPU: the eight devices of the other tests would share its cores."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "rlaif_jax.main", *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(arguments):
+    _, error = (process := start(arguments)).communicate()
+    assert process.returncode == 0, error
 
 
 @pytest.mark.parametrize(
@@ -32,7 +43,7 @@ def flags(config, workdir, data, **fields):
 def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins):
     combined = "combined" in config
     calibrated = {"preferences__calibrate": True} if combined else {}
-    assert main(["main", *flags(config, tmp_path, real_data, **calibrated)]) == 0
+    finish(flags(config, tmp_path, real_data, **calibrated))
     labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
     assert len(labels) == 12
     assert all(row["prompt"].startswith(begins) for row in labels)
@@ -66,17 +77,11 @@ def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins)
     ],
 )
 def test_replies_to_real_text_are_judged_by_other_methods(real_data, tmp_path, config, begins, column):
-    assert main(["main", *flags(config, tmp_path, real_data), "--stages=sft,label"]) == 0
+    finish([*flags(config, tmp_path, real_data), "--stages=sft,label"])
     labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
     scored = [row for row in labels if row["status"] == "ok"]
     assert len(labels) == 12 and scored
     assert all(row["prompt"].startswith(begins) and row[column] is not None for row in scored)
-
-
-def start(arguments):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-m", "rlaif_jax.main", *arguments, "--stages=sft"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_tfds_set_is_prepared_trained_on_killed_and_resumed(real_data, tmp_path):
@@ -90,20 +95,17 @@ def test_a_tfds_set_is_prepared_trained_on_killed_and_resumed(real_data, tmp_pat
         sources |= {f"data__{name}__name": "rlaif_tldr", f"data__{name}__split": "train"}
 
     def arguments(workdir):
-        return flags(
-            "configs/tldr.py:smoke", tmp_path / workdir, real_data, sft__steps=4, sft__checkpoint_every=1, **sources
-        )
+        fields = {"sft__steps": 4, "sft__checkpoint_every": 1} | sources
+        return [*flags("configs/tldr.py:smoke", tmp_path / workdir, real_data, **fields), "--stages=sft"]
 
-    undisturbed = start(arguments("whole"))
-    assert undisturbed.wait() == 0, undisturbed.stderr.read()
+    finish(arguments("whole"))
     killed = start(arguments("killed"))
     while not (tmp_path / "killed" / "sft" / "checkpoints" / "2").exists():
         assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    resumed = start(arguments("killed"))
-    assert resumed.wait() == 0, resumed.stderr.read()
+    finish(arguments("killed"))
     metrics = [(tmp_path / name / "sft" / "metrics.jsonl").read_text() for name in ("whole", "killed")]
     assert metrics[0] == metrics[1]
     assert len(metrics[0].splitlines()) == 4
