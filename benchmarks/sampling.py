@@ -49,7 +49,7 @@ def main() -> None:
 
     samples = ours()
     sequences = Sequences(tokens, np.ones_like(tokens), samples.tokens, samples.mask)
-    exact, _ = jax.jit(response_logprobs, static_argnums=(0, 3))(stacked, parameters, sequences, 1.0)
+    exact = jax.jit(response_logprobs, static_argnums=(0, 3))(stacked, parameters, sequences, 1.0)
     difference = float(jnp.max(jnp.abs(exact - samples.logprobs)))
     bytes_read = sum(x.nbytes for x in jax.tree.leaves(decoding))
     del parameters

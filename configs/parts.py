@@ -27,6 +27,39 @@ def sampling(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: floa
     return group(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
+def rl_losses(config: config_dict.ConfigDict, algorithm: str) -> None:
+    """Sets the fields of `config.rl` that make an algorithm: ppo, reinforce, rloo or grpo.
+
+    ppo: Huang et al. (arXiv 2403.17031); reinforce: Lee et al. (arXiv 2309.00267, section 2.2.1), (1 - beta) r -
+    beta KL with a value baseline; rloo: Ahmadian et al. (arXiv 2402.14740); grpo: Shao et al. (arXiv 2402.03300).
+    """
+    rl, kl = config.rl, config.rl.kl
+    if algorithm == "ppo":
+        return  # what the configs have
+    rl.whiten_advantages = False
+    if algorithm == "reinforce":
+        rl.update(loss="reinforce", gamma=1.0, gae_lambda=1.0, aggregation="sequence_sum", epochs=1, minibatches=1)
+        rl.update(value_init="sft", clip_value=0.0)
+        kl.interpolate = True
+    elif algorithm == "rloo":
+        rl.update(advantage="leave_one_out", group_size=4, loss="reinforce", aggregation="sequence_sum")
+        rl.update(epochs=1, minibatches=1)
+    elif algorithm == "grpo":
+        rl.update(advantage="group", group_size=8, group_std=True, aggregation="sequence_mean")
+        kl.update(placement="loss", estimator="k3")
+    else:
+        raise ValueError(f"unknown algorithm {algorithm!r}")
+
+
+def direct_rlaif(config: config_dict.ConfigDict, template: str) -> None:
+    """The judge's rating of each response is the reward: no labels, no reward model (arXiv 2309.00267, 2.2.2)."""
+    config.stages = ("sft", "rl", "eval")
+    config.rl.value_init = "sft"
+    config.rl.rewards.update(reward_model=0.0, judge=1.0)
+    config.rl.rewards.judge_prompt.update(template=template, method="rating", shots=0, chain_of_thought=False)
+    config.rl.rewards.judge_prompt.chat = config.judge.prompt.chat
+
+
 def source(kind: str = "", path: str = "", name: str = "", split: str = "", limit: int = 0, **fields: str):
     """Where the rows of a set come from (rlaif_jax/data/sources.py); `fields` maps our names to theirs."""
     return group(kind=kind, path=path, name=name, split=split, limit=limit, fields=config_dict.ConfigDict(fields))

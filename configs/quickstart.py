@@ -6,18 +6,23 @@ the result with where it started.
 
     python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Arms: default; smoke (the same judge on a fraction of the data, to see that everything runs).
+Arms, one or more words with commas between them: default, which is ppo; reinforce, rloo, grpo (other algorithms on the
+same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); smoke (the same judge on a
+fraction of the data, to see that everything runs).
 """
 
 from ml_collections import config_dict
 
-from configs.parts import embedded_corpus, group, optimizer, sampling, source, teacher
+from configs.parts import direct_rlaif, embedded_corpus, group, optimizer, rl_losses, sampling, source, teacher
+
+ARMS = ("default", "smoke", "ppo", "reinforce", "rloo", "grpo", "drlaif")
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
     """The config of an arm."""
     config = config_dict.ConfigDict()
     config.seed = 0  # of the corpus, the initialisation, the samples and the order of the data
+    config.stages = ("sft", "label", "reward_model", "rl", "eval")
 
     config.mesh = group(
         data=1,  # devices along each axis; -1 takes what is left
@@ -100,6 +105,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         batch_size=8,  # rows
         row_length=132,  # tokens, about 3.5 examples
         packing=True,
+        micro_batches=1,  # more of them save memory
+        max_skipped_updates=3,  # whose loss or gradient is not finite, before the stage stops
         checkpoint_every=100,
         keep_best="",  # "min loss" also keeps the checkpoint whose last step had the lowest
         optimizer=optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
@@ -120,6 +127,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.reward_model = group(
         steps=60,
         batch_size=32,  # pairs
+        micro_batches=1,
+        max_skipped_updates=3,
         checkpoint_every=30,
         keep_best="",
         validation_pairs=48,  # labels kept from training
@@ -130,18 +139,70 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.rl = group(
         steps=24,  # iterations
         batch_size=64,  # rollouts an iteration
+        group_size=1,  # rollouts that reply to one prompt
+        rollout_lag=0,  # 1: trained on one iteration after they were sampled
         checkpoint_every=8,
         keep_best="",
         samples_every=5,
         sampling=sampling(temperature=1.0),
-        epochs=2,
-        minibatches=2,
-        clip_ratio=0.2,
-        clip_value=0.2,
+        rewards=group(
+            reward_model=1.0,  # the weight of each part; 0 leaves it out
+            judge=0.0,
+            judge_prompt=group(
+                template="everyday_requests",
+                preamble="base",
+                shots=0,
+                exemplars="",
+                method="rating",
+                chain_of_thought=False,
+                chat=False,
+            ),
+            verifier=0.0,
+            verifier_function="ground_truth",
+            length=0.0,
+            length_limit=34,  # tokens
+            format=0.0,
+            format_pattern="",
+            normalise="none",
+            clip=0.0,
+            max_unscored_rate=0.02,  # of an iteration's responses
+        ),
+        penalise_missing_eos=True,
+        missing_eos_reward=-1.0,
+        kl=group(
+            placement="reward",
+            estimator="k1",
+            coef=0.1,
+            interpolate=False,
+            target=0.0,  # nats a response; 0: the coefficient is fixed
+            horizon=10_000.0,  # responses
+        ),
+        advantage="gae",
         gamma=1.0,
         gae_lambda=0.95,
-        kl_coef=0.1,
-        missing_eos_reward=-1.0,
+        group_std=True,
+        whiten_rewards=False,
+        whiten_advantages=True,
+        loss="clipped",
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=0.0,
+        aggregation="token_mean",
+        importance_cap=0.0,
+        ptx_coef=0.0,
+        ptx_rows=8,
+        epochs=2,
+        minibatches=2,
+        micro_batches=1,
+        max_skipped_updates=3,
+        value_init="reward_model",
+        clip_value=0.2,
+        alarms=group(
+            kl_above=10.0,  # nats a response
+            entropy_below=0.05,  # nats a token
+            length_below=4.0,  # tokens
+            clip_fraction_above=0.5,
+        ),
         optimizer=optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
         value_optimizer=optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
     )
@@ -152,11 +213,19 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         bootstrap_samples=2000,
         shown_samples=4,
     )
-    if arm == "smoke":
+    words = arm.split(",")
+    if unknown := [word for word in words if word not in ARMS]:
+        raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
+    if "smoke" in words:
         corpus = config.data.embedded
         corpus.evaluation_combinations, corpus.evaluation_unseen_templates = 12, 4
         config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 48, 8, 4
         config.reward_model.validation_pairs = 16
-    elif arm != "default":
-        raise ValueError(f"unknown arm {arm!r}; the arms are default and smoke")
+    for algorithm in ("ppo", "reinforce", "rloo", "grpo"):
+        if algorithm in words:
+            rl_losses(config, algorithm)
+    if {"reinforce", "rloo"} & set(words):  # one update an iteration, not four
+        config.rl.optimizer.learning_rate = config.rl.value_optimizer.learning_rate = 1e-3
+    if "drlaif" in words:
+        direct_rlaif(config, "everyday_requests")
     return config

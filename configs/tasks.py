@@ -14,19 +14,21 @@ An arm is one or more words with commas between them, e.g. `--config=configs/tld
     hard         labels are 0 or 1
     teacher_sft  SFT on replies of the judge's model, not of people
     self         policy and judge are the same checkpoint
+    drlaif       the judge's rating of each response is the reward: no labels, no reward model
+    reinforce, ppo, rloo, grpo  the algorithm; the default is the paper's, REINFORCE with a value baseline
     smoke        a small policy from scratch on a few rows: minutes on a CPU
     local, hub   where the data comes from: JSON lines in `data.root`, or the public sets on the Hugging Face hub
                  (the default is the hub, for smoke local)
 
 Full scale has the hyper-parameters of Lee et al. (arXiv 2309.00267, appendices F and G) where the algorithms are the
-same; PPO stands for their REINFORCE, AdamW for their Adafactor. PaLM 2 is not public: policy and judge stand in as
+same; AdamW stands for their Adafactor. PaLM 2 is not public: policy and judge stand in as
 SmolLM2-135M-Instruct (Apache-2.0) until `--config.policy.weights` and `--config.judge.weights` name larger GGUF files.
 """
 
 from ml_collections import config_dict
 
 from configs import quickstart
-from configs.parts import group, optimizer, teacher
+from configs.parts import direct_rlaif, group, optimizer, rl_losses, teacher
 
 ARMS = (
     "rlaif",
@@ -41,10 +43,12 @@ ARMS = (
     "hard",
     "teacher_sft",
     "self",
+    "drlaif",
 )
+ALGORITHMS = ("reinforce", "ppo", "rloo", "grpo")
 # What a teacher is asked for where the prompt itself does not say it.
 _ASKED = {layout: "Summarise this in one short sentence.\n\n{prompt}" for layout in ("tldr", "abstract")}
-WORDS = (*ARMS, "smoke", "local", "hub")
+WORDS = (*ARMS, *ALGORITHMS, "smoke", "local", "hub")
 
 
 def task(
@@ -69,6 +73,9 @@ def task(
     _full_scale(config, reward_model_batch_size)
     if "smoke" in words:
         _smoke(config)
+    rl_losses(config, next((word for word in words if word in ALGORITHMS), "reinforce"))
+    if "drlaif" in words:
+        direct_rlaif(config, template)
     if "comparisons" not in sources:
         config.label.audit_pairs = 0
     if "rlhf" in words:
@@ -121,6 +128,8 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         batch_size=64,  # rows of about two examples: 128 examples a step
         row_length=1152,
         packing=True,
+        micro_batches=1,
+        max_skipped_updates=10,
         checkpoint_every=100,
         keep_best="",
         optimizer=optimizer(1e-5, **constant),
@@ -133,6 +142,8 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     config.reward_model = group(
         steps=3 * 92_000 // reward_model_batch_size,  # three epochs
         batch_size=reward_model_batch_size,
+        micro_batches=1,
+        max_skipped_updates=10,
         checkpoint_every=200,
         keep_best="",
         validation_pairs=1024,
@@ -142,7 +153,8 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     )
     config.rl.update(steps=7_300, batch_size=128, checkpoint_every=100, samples_every=50)
     config.rl.sampling.temperature = 0.9
-    config.rl.update(kl_coef=0.05, epochs=1, minibatches=1)
+    config.rl.update(epochs=1, minibatches=1)
+    config.rl.kl.coef = 0.05
     config.rl.optimizer = optimizer(1e-5, **constant)
     config.rl.value_optimizer = optimizer(1e-5, **constant)
     config.evaluation.sampling.temperature = 0.9

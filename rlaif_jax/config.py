@@ -16,8 +16,10 @@ from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.prompts import METHODS
+from rlaif_jax.judge.prompts import METHODS, PromptConfig
 from rlaif_jax.judge.score import JudgeConfig
+from rlaif_jax.losses.kl import why_wrong
+from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
 from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import RULES, MeshConfig
@@ -60,6 +62,8 @@ class SFTConfig:
     batch_size: int  # rows
     row_length: int  # tokens; a row takes as many examples as fit (packing)
     packing: bool  # False: one example a row
+    micro_batches: int  # parts of a batch worked on one after another, to save memory
+    max_skipped_updates: int  # updates that may be left out, their loss or gradient not being finite
     checkpoint_every: int  # steps
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     optimizer: OptimizerConfig
@@ -92,6 +96,8 @@ class RewardModelConfig:
 
     steps: int
     batch_size: int  # pairs
+    micro_batches: int  # as in sft
+    max_skipped_updates: int  # as in sft
     checkpoint_every: int  # steps
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
@@ -101,23 +107,82 @@ class RewardModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KLConfig:
+    """What holds the policy near the SFT policy."""
+
+    placement: str  # "reward" or "loss"
+    estimator: str  # "k1" in the reward; "k2", "k3" or "full" (the whole vocabulary, exact) in the loss
+    coef: float  # of the first iteration
+    interpolate: bool  # (1 - coef) * score - coef * KL, as Lee et al. (arXiv 2309.00267, section 2.2.1)
+    target: float  # nats a response, which the coefficient is adapted to; 0: it is fixed
+    horizon: float  # responses that an adaptation takes
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """The score of a response: a sum of parts, each with a weight of its own; 0 leaves a part out."""
+
+    reward_model: float
+    judge: float  # its rating of the response by itself, from -1 to 1 (direct RLAIF)
+    judge_prompt: PromptConfig  # of that rating, beside the model and batches of `judge`
+    verifier: float
+    verifier_function: str  # "ground_truth" (embedded data), or "module:function" of prompts and responses
+    length: float  # what each token beyond length_limit takes away
+    length_limit: int  # tokens
+    format: float  # of a response that format_pattern matches
+    format_pattern: str  # a regular expression that the whole response must match
+    normalise: str  # "none"; by mean and deviation so far, "running"; by those of the first iteration, "reference"
+    clip: float  # the normalised score is held between -clip and clip; 0: it is not
+    max_unscored_rate: float  # a larger share of responses without a score stops the stage
+
+
+@dataclasses.dataclass(frozen=True)
+class AlarmsConfig:
+    """What is said aloud when an iteration reaches it; 0 turns one off."""
+
+    kl_above: float  # nats a response
+    entropy_below: float  # nats a token
+    length_below: float  # tokens a response
+    clip_fraction_above: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """PPO against the reward model."""
+    """Policy gradients: rollouts, an advantage of each token, a loss."""
 
     steps: int  # iterations: rollout, then `epochs` over it
     batch_size: int  # rollouts an iteration
+    group_size: int  # consecutive rollouts that reply to one prompt
+    rollout_lag: int  # 1: an iteration trains on what the policy before the last updates has sampled
     checkpoint_every: int  # iterations
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     samples_every: int  # iterations between entries of samples.jsonl
     sampling: SamplingConfig  # of the rollouts; its temperature is also that of every log-prob
+    rewards: RewardsConfig
+    penalise_missing_eos: bool  # a response that never ends gets missing_eos_reward as its score
+    missing_eos_reward: float
+    kl: KLConfig
+    advantage: str  # "gae", or of groups "leave_one_out" (RLOO) or "group" (GRPO)
+    gamma: float  # of gae; 1 with gae_lambda=1 is the return less the value
+    gae_lambda: float
+    group_std: bool  # "group" divides by the deviation in the group; False is Dr. GRPO
+    whiten_rewards: bool  # of gae, the mean kept
+    whiten_advantages: bool
+    loss: str  # "clipped" (PPO) or "reinforce"
+    clip_low: float  # the ratio is held above 1 - clip_low
+    clip_high: float  # and below 1 + clip_high
+    dual_clip: float  # bounds the loss of tokens with negative advantage, e.g. 3.0; 0: it does not
+    aggregation: str  # of tokens: "token_mean", "sequence_mean" or "sequence_sum", see losses/policy.py
+    importance_cap: float  # truncated importance weights of old over sampler; 0: none
+    ptx_coef: float  # of the log-likelihood of demonstrations, as PPO-ptx
+    ptx_rows: int  # of demonstrations, beside each minibatch
     epochs: int  # passes over a rollout batch
     minibatches: int  # a pass
-    clip_ratio: float
-    clip_value: float
-    gamma: float
-    gae_lambda: float
-    kl_coef: float  # of k1 against the SFT policy, in the reward
-    missing_eos_reward: float  # the reward of a response that never ends
+    micro_batches: int  # as in sft, of a minibatch
+    max_skipped_updates: int  # as in sft
+    value_init: str  # the value network of gae begins as "reward_model" or as "sft" with a new head
+    clip_value: float  # 0: none
+    alarms: AlarmsConfig
     optimizer: OptimizerConfig
     value_optimizer: OptimizerConfig
 
@@ -138,6 +203,7 @@ class Config:
     """A whole run."""
 
     seed: int  # -1 draws one, prints it and saves it in config.json
+    stages: tuple[str, ...]  # of those in stages/pipeline.py, in that order
     mesh: MeshConfig
     data: DataConfig
     policy: PolicyConfig
@@ -196,7 +262,7 @@ def _value(value: Any, kind: Any, path: str) -> Any:
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with other values in some fields: dotted name -> value, e.g. {"rl.kl_coef": 0.02}.
+    """`config` with other values in some fields: dotted name -> value, e.g. {"rl.kl.coef": 0.02}.
 
     Raises UserError for a field that does not exist (with the nearest one that does) or of the wrong type.
     """
@@ -224,6 +290,13 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+STAGES = ("sft", "label", "reward_model", "rl", "eval")
+
+
+def _in_order(names: tuple[str, ...]) -> bool:
+    return bool(names) and list(names) == sorted(set(names) & set(STAGES), key=STAGES.index)
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -255,13 +328,29 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda x: x >= 0,
     ),
     ("*.min_evidence *.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
-    ("rl.kl_coef rl.clip_ratio rl.clip_value", "0 or more", lambda x: x >= 0),
+    (
+        "rl.kl.coef rl.kl.target rl.clip* rl.dual_clip rl.importance_cap rl.ptx_* rl.alarms.*",
+        "0 or more",
+        lambda x: x >= 0,
+    ),
+    ("*.max_skipped_updates rl.rewards.clip rl.rewards.length_limit", "0 or more", lambda x: x >= 0),
+    ("*.micro_batches rl.group_size rl.kl.horizon", "positive", lambda x: x > 0),
+    ("rl.rollout_lag", "0 or 1", lambda x: x in (0, 1)),
+    ("rl.kl.placement", "reward or loss", lambda x: x in ("reward", "loss")),
+    ("rl.kl.estimator", "k1, k2, k3 or full", lambda x: x in ("k1", "k2", "k3", "full")),
+    ("rl.advantage", "gae, leave_one_out or group", lambda x: x in ("gae", "leave_one_out", "group")),
+    ("rl.loss", "clipped or reinforce", lambda x: x in ("clipped", "reinforce")),
+    ("rl.aggregation", f"one of {', '.join(AGGREGATIONS)}", lambda x: x in AGGREGATIONS),
+    ("rl.value_init", "reward_model or sft", lambda x: x in ("reward_model", "sft")),
+    ("rl.rewards.normalise", "none, running or reference", lambda x: x in ("none", "running", "reference")),
     (
         "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate *.noise_rate rl.gamma rl.gae_lambda "
+        "rl.rewards.max_unscored_rate "
         "*.min_p *.b1 *.b2",
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
+    ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
     ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
     ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
     ("data.layout", f"one of {', '.join(LAYOUTS)}", lambda x: x in LAYOUTS),
@@ -270,7 +359,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("sft.teacher.prompt", "a text with {prompt} in it", lambda x: "{prompt}" in x),
     ("label.source", "ai, human or both", lambda x: x in ("ai", "human", "both")),
     ("preferences.order", "both, forward or reversed", lambda x: x in ("both", "forward", "reversed")),
-    ("judge.prompt.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
+    ("judge.prompt.method rl.rewards.judge_prompt.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
     ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
@@ -290,9 +379,11 @@ def check(config: Config, devices: int) -> None:
         _require(flat, patterns, what, holds)
     devices_message = f"a positive multiple of the {devices} devices of the batch"
     _require(flat, _BATCHES, devices_message, lambda x: x > 0 and x % devices == 0)
-    minibatches = config.rl.minibatches * devices
-    _require(flat, "rl.batch_size", f"a multiple of rl.minibatches x devices, {minibatches}", lambda x: (
-        x % minibatches == 0))  # fmt: skip
+    for name in ("sft", "reward_model"):
+        parts = getattr(config, name).micro_batches * devices
+        _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (
+            x % parts == 0))  # fmt: skip  # noqa: B023
+    _check_rl(config, flat, devices)
     needed = config.reward_model.batch_size + config.reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
         x >= needed))  # fmt: skip
@@ -320,6 +411,50 @@ def check(config: Config, devices: int) -> None:
         )
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
+
+
+def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
+    rl, stages = config.rl, config.stages
+    parts = rl.minibatches * rl.micro_batches * devices
+    _require(flat, "rl.batch_size", f"a multiple of rl.minibatches x rl.micro_batches x devices, {parts}", lambda x: (
+        x % parts == 0))  # fmt: skip
+    prompts = rl.group_size * devices
+    _require(flat, "rl.batch_size", f"a multiple of rl.group_size x devices, {prompts}", lambda x: x % prompts == 0)
+    if reason := why_wrong(rl.kl.placement, rl.kl.estimator):
+        raise UserError(f"config.rl.kl: estimator={rl.kl.estimator} with placement={rl.kl.placement}: {reason}")
+    if rl.kl.coef > 1 and rl.kl.interpolate:
+        raise UserError(f"config.rl.kl.coef={rl.kl.coef} must be at most 1 where rl.kl.interpolate=True")
+    if rl.advantage != "gae" and rl.group_size < 2:
+        raise UserError(f"config.rl.advantage={rl.advantage} needs rl.group_size of 2 or more, to compare replies")
+    if rl.loss == "reinforce" and rl.epochs * rl.minibatches > 1:
+        raise UserError(
+            "config.rl.loss=reinforce is right for one update on each rollout: set rl.epochs=1 and rl.minibatches=1, "
+            "or take rl.loss=clipped"
+        )
+    if rl.ptx_coef:
+        rows = rl.micro_batches * devices
+        _require(flat, "rl.ptx_rows", f"a positive multiple of rl.micro_batches x devices, {rows}, with rl.ptx_coef", (
+            lambda x: x > 0 and x % rows == 0))  # fmt: skip
+    rewards = rl.rewards
+    if "rl" in stages and not any((rewards.reward_model, rewards.judge, rewards.verifier, rewards.length, (
+            rewards.format))):  # fmt: skip
+        raise UserError("config.rl.rewards has no part with a weight, so there is nothing to learn")
+    if "rl" in stages and "reward_model" not in stages:
+        if rewards.reward_model:
+            raise UserError("config.rl.rewards.reward_model needs the stage reward_model in config.stages")
+        if rl.advantage == "gae" and rl.value_init == "reward_model":
+            raise UserError("config.rl.value_init=reward_model needs the stage reward_model in config.stages")
+    if rewards.judge and (rewards.judge_prompt.method != "rating" or rewards.judge_prompt.chain_of_thought):
+        raise UserError(
+            "config.rl.rewards.judge needs rl.rewards.judge_prompt.method=rating without chain_of_thought: each "
+            "response is rated by itself"
+        )
+    if rewards.verifier and not rewards.verifier_function:
+        raise UserError("config.rl.rewards.verifier needs rl.rewards.verifier_function")
+    try:
+        re.compile(rewards.format_pattern)
+    except re.error as error:
+        raise UserError(f"config.rl.rewards.format_pattern={rewards.format_pattern!r} is malformed: {error}") from error
 
 
 def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:

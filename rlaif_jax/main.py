@@ -45,7 +45,7 @@ def _main(argv: list[str]) -> int:
         if options.stages != ["label"]:
             raise UserError("--worker is for --stages=label alone")
         run = dataclasses.replace(run, worker=_worker(options.worker))
-    stages = plan(run, list(STAGES) if options.stages is None else options.stages)
+    stages = plan(run, list(run.config.stages) if options.stages is None else options.stages)
     with room_in(run.workdir), jax.set_mesh(run.placement.mesh):
         if run.worker.count == 1:
             remove_leftovers(run.workdir)

@@ -31,7 +31,7 @@ def print_summary(run: Run) -> None:
         table.add_row(label, "", show_figure(results[name]), str(results[name]["n"]))
     console.print(table)
     if results["judge_is_training_judge"]:
-        console.print("The judge that evaluates is the judge that labelled.")
+        console.print("The judge that evaluates is the judge that labelled or rewarded.")
     _print_samples(console, run)
 
 

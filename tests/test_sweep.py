@@ -32,7 +32,7 @@ def get_config():
     sweep.figures = FIGURES
     return sweep
 """
-ARMS = {"low": {"rl.kl_coef": 0.05}, "high_0.5": {"rl.kl_coef": 0.5}}
+ARMS = {"low": {"rl.kl.coef": 0.05}, "high_0.5": {"rl.kl.coef": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,13 @@ class FakeStages:
             monkeypatch.setitem(STAGES, stage, lambda run, stage=stage: self.run(stage, run))
 
     def run(self, stage, run):
-        self.calls.append((stage, run.config.rl.kl_coef, run.config.seed))
+        self.calls.append((stage, run.config.rl.kl.coef, run.config.seed))
         order = list(STAGES)
         for earlier in order[: order.index(stage)]:
             assert read_json(run.folder(earlier) / "seed.json") == run.config.seed
         write_json(run.folder(stage) / "seed.json", run.config.seed)
         if stage == "rl":
-            write_json(run.folder("rl") / "kl.json", run.config.rl.kl_coef)
+            write_json(run.folder("rl") / "kl.json", run.config.rl.kl.coef)
         if stage == "eval":
             mean = win(read_json(run.folder("rl") / "kl.json"), run.config.seed)
             figures = {"win": {"mean": mean, "ci95": [0, 1], "n": 8}, "nothing": {"mean": None, "ci95": [None] * 2}}
@@ -112,7 +112,7 @@ def test_a_stage_with_the_same_inputs_runs_once(fake, judge, tmp_path, capfd):
 def test_more_seeds_and_arms_add_to_what_is_there(fake, judge, tmp_path):
     assert sweep.main(["sweep", *sweep_flags(judge, tmp_path), "--config.seeds=0,"]) == 0
     before = len(fake.calls)
-    arms = ARMS | {"middle": {"rl.kl_coef": 0.2}, "long": {"reward_model.steps": 5}}
+    arms = ARMS | {"middle": {"rl.kl.coef": 0.2}, "long": {"reward_model.steps": 5}}
     assert sweep.main(["sweep", *sweep_flags(judge, tmp_path, arms), "--config.seeds=0,"]) == 0
     base_kl = 0.1
     added = [("rl", 0.2), ("eval", 0.2), ("reward_model", base_kl), ("rl", base_kl), ("eval", base_kl)]
@@ -140,7 +140,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_table(fake, judge, tmp_path, s
 
 def test_a_failed_cell_does_not_stop_the_rest_and_is_tried_again(fake, judge, tmp_path, capfd):
     def fail(stage, run):
-        if stage == "rl" and run.config.seed == 1 and run.config.rl.kl_coef == 0.05:
+        if stage == "rl" and run.config.seed == 1 and run.config.rl.kl.coef == 0.05:
             return UserError("stage rl stopped at step 3: loss not finite")
         return RuntimeError("out of memory\nat length") if (stage, run.config.seed) == ("eval", 0) else None
 
@@ -179,7 +179,7 @@ def test_a_shared_stage_that_fails_is_tried_once_a_call(fake, judge, tmp_path, c
 def test_the_table_holds_t_intervals_over_seeds_and_paired_differences(fake, judge, tmp_path, capfd):
     assert sweep.main(["sweep", *sweep_flags(judge, tmp_path), "--config.seeds=0,1,5"]) == 0
     folder, seeds = tmp_path / "sweep", [0, 1, 5]
-    values = {arm: np.array([win(fields["rl.kl_coef"], seed) for seed in seeds]) for arm, fields in ARMS.items()}
+    values = {arm: np.array([win(fields["rl.kl.coef"], seed) for seed in seeds]) for arm, fields in ARMS.items()}
     expected = values | {"difference": values["high_0.5"] - values["low"]}
     found = {arm: rows(folder, arm=arm, quantity="mean")[0] for arm in ARMS}
     found["difference"] = rows(folder, arm="high_0.5", quantity="mean_difference")[0]
@@ -216,10 +216,10 @@ def test_a_misspelt_figure_is_named(fake, judge, tmp_path, capfd):
 
 # Each of these ends with one line on stderr that holds the words given, and writes nothing.
 BAD_SWEEPS = {
-    "misspelt override": ({"low": {}, "b": {"rl.kl_coeff": 1.0}}, [], ["config.arms.b", "rl.kl_coeff", "rl.kl_coef?"]),
-    "mistyped override": ({"low": {"rl.kl_coef": "x"}}, [], ["config.arms.low", "config.rl.kl_coef", "float"]),
+    "misspelt override": ({"low": {}, "b": {"rl.kl.coeff": 1.0}}, [], ["config.arms.b", "rl.kl.coeff", "rl.kl.coef?"]),
+    "mistyped override": ({"low": {"rl.kl.coef": "x"}}, [], ["config.arms.low", "config.rl.kl.coef", "float"]),
     "override of a group": ({"low": {"rl": 3}}, [], ["config.arms.low", "field rl:"]),
-    "override out of range": ({"low": {}, "b": {"rl.kl_coef": -1.0}}, [], ["config.arms.b", "rl.kl_coef=-1.0"]),
+    "override out of range": ({"low": {}, "b": {"rl.kl.coef": -1.0}}, [], ["config.arms.b", "rl.kl.coef=-1.0"]),
     "override of the seed": ({"low": {"seed": 3}}, [], ["config.arms.low", "config.seeds"]),
     "missing judge": ({"low": {"judge.weights": "/no/x.gguf"}}, [], ["config.arms.low", "judge.weights", "/no/x.gguf"]),
     "missing template": ({"low": {"judge.prompt.template": "no"}}, [], ["config.arms.low", "judge.prompt.template"]),
@@ -296,7 +296,7 @@ def test_a_cell_interrupted_in_the_middle_of_rl_ends_as_a_run_of_its_own(judge, 
     assert len(steps) == 6 + 6 + 6 + 4 + 4  # from the checkpoint after the second step
     monkeypatch.setattr(rl, "make_rollout", make_rollout)
     own = tiny_run_flags(judge, tmp_path / "own")
-    assert main.main(["main", *own, "--config.seed=1", "--config.rl.kl_coef=0.5"]) == 0
+    assert main.main(["main", *own, "--config.seed=1", "--config.rl.kl.coef=0.5"]) == 0
     stages = cell(tmp_path, "high_0.5/seed1")["stages"]
     for stage, name in (("rl", "metrics.jsonl"), ("eval", "results.json")):
         assert (tmp_path / "own" / stage / name).read_text() == (tmp_path / "sweep" / stages[stage] / name).read_text()
@@ -305,4 +305,4 @@ def test_a_cell_interrupted_in_the_middle_of_rl_ends_as_a_run_of_its_own(judge, 
 def test_the_quickstart_sweep_is_valid():
     config = sweep.parse(quickstart_kl.get_config("smoke").to_dict(), sweep.SweepConfig)
     assert config.baseline in config.arms and config.seeds == (0, 1, 2)
-    assert config.arms[config.baseline] == {"rl.kl_coef": config.base.rl.kl_coef}
+    assert config.arms[config.baseline] == {"rl.kl.coef": config.base.rl.kl.coef}

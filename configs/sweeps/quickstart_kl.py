@@ -15,7 +15,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     """The sweep, on an arm of the quickstart."""
     sweep = config_dict.ConfigDict()
     sweep.base = quickstart.get_config(arm)  # what every cell starts from; --config.base.FIELD=VALUE overrides it
-    arms = {f"kl_{kl}": {"rl.kl_coef": kl} for kl in (0.02, 0.1, 0.5)}  # name -> fields of base, by their path
+    arms = {f"kl_{kl}": {"rl.kl.coef": kl} for kl in (0.02, 0.1, 0.5)}  # name -> fields of base, by their path
     sweep.arms = config_dict.ConfigDict(arms, allow_dotted_keys=True, sort_keys=False)
     sweep.seeds = (0, 1, 2)
     sweep.baseline = "kl_0.1"  # the quickstart's own

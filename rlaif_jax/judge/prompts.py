@@ -113,6 +113,10 @@ class Template:
         endings = (self.reasoning.cue,) if self.reasoning else self.questions
         return [self._prompt(text, ending) for text in self.prompts(pair) for ending in endings]
 
+    def rated(self, prompt: str, response: str) -> Prompt:
+        """The prompt by which one response is rated, for the method "rating"."""
+        return self._prompt(self.item.format(prompt=prompt, response=response), self.questions[0])
+
     def _prompt(self, text: str, ending: str) -> Prompt:
         frame = self.frame
         if not frame.turn:

@@ -18,6 +18,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import (
     PLAIN,
     Pair,
+    Prompt,
     PromptConfig,
     Template,
     chat_frame,
@@ -26,7 +27,7 @@ from rlaif_jax.judge.prompts import (
     text_hash,
 )
 from rlaif_jax.judge.rationale import RationaleConfig, Reasoner, make_reasoner, reason
-from rlaif_jax.judge.verdict import Verdict, exclusive, verdict
+from rlaif_jax.judge.verdict import Verdict, exclusive, normalise, rating, verdict
 from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
@@ -256,10 +257,41 @@ def _groups(pairs: Sequence[Pair], limit: int) -> list[list[int]]:
     return groups
 
 
+def rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """The rating of each response by itself, from -1 to 1 (direct RLAIF, arXiv 2309.00267, section 2.2.2).
+
+    Returns [n] float64; NaN for what is too long for the judge, or scored as not finite.
+    """
+    rests = _suffixes(judge, list(map(judge.template.rated, prompts, responses)))
+    room = judge.config.max_length - len(judge.preamble) - _tokens_after(None, judge.choices)
+    fitting = [i for i, rest in enumerate(rests) if len(rest) <= room]
+    trees = [grow([rests[i]], judge.choices) for i in fitting]
+    asked = sum(map(len, judge.choices))
+    ratings = np.full(len(rests), np.nan)
+    for tree, logprobs in score_trees(judge.scorer, trees, _ladder(judge.config), asked):
+        scores = exclusive(sum_by_choice(logprobs, 1, judge.choices), judge.choices)[0]
+        if not np.any(np.isnan(scores)) and np.isfinite(scores.max()):
+            ratings[fitting[tree]] = rating(normalise(scores))
+    return ratings
+
+
+def _ladder(config: JudgeConfig) -> list[int]:
+    """Padded lengths that do not depend on a job, for ratings that come in small jobs: each at most half as long again
+    as the one before."""
+    lengths = [config.bucket_multiple]
+    while lengths[-1] < config.max_length:
+        step = lengths[-1] // 2 // config.bucket_multiple * config.bucket_multiple
+        lengths.append(lengths[-1] + max(step, config.bucket_multiple))
+    return lengths
+
+
 def suffix_tokens(judge: Judge, pair: Pair) -> list[list[int]]:
     """What follows the preamble's tokens in each prompt of a pair."""
-    count, prompts = len(judge.preamble), judge.template.asked(pair)
-    rests = []
+    return _suffixes(judge, judge.template.asked(pair))
+
+
+def _suffixes(judge: Judge, prompts: Sequence[Prompt]) -> list[list[int]]:
+    count, rests = len(judge.preamble), []
     for prompt, tokens in zip(prompts, encode(judge.tokenizer, prompts), strict=True):
         if tuple(tokens[:count]) != judge.preamble:  # a tokenizer that looks far ahead: the same text, split here
             message = prompt.message[len(judge.tokenizer.decode(judge.preamble)) - len(prompt.opening) :]

@@ -1,4 +1,4 @@
-"""Advantages: generalised advantage estimation and masked whitening."""
+"""Advantages: generalised advantage estimation, baselines from other replies to the same prompt, whitening."""
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,44 @@ def gae(
     return advantages, (advantages + values) * mask
 
 
+def leave_one_out(rewards: jax.Array, valid: jax.Array) -> jax.Array:
+    """Each reward less the mean of the others' in its group (RLOO: Ahmadian et al., arXiv 2402.14740, equation 9).
+
+    rewards: [groups, size] float32, one a reply; valid: [groups, size] bool, those that count. Returns the same shape;
+    0 where a reply does not count, or no other does.
+    """
+    valid = valid.astype(jnp.float32)
+    others = jnp.sum(valid, axis=1, keepdims=True) - 1
+    baseline = (jnp.sum(rewards * valid, axis=1, keepdims=True) - rewards) / jnp.maximum(others, 1)
+    return (rewards - baseline) * valid * (others > 0)
+
+
+def group_relative(rewards: jax.Array, valid: jax.Array, divide_by_std: bool, epsilon: float = 1e-4) -> jax.Array:
+    """Each reward less the mean of its group, and over its standard deviation (GRPO: Shao et al., arXiv 2402.03300).
+
+    Without the division: Dr. GRPO (Liu et al., arXiv 2503.20783). The mean holds the reply itself, so in expectation
+    the gradient is (size - 1) / size times that of the expected reward. Arguments as for `leave_one_out`; the deviation
+    is the population's.
+    """
+    valid = valid.astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(valid, axis=1, keepdims=True), 1)
+    centred = (rewards - jnp.sum(rewards * valid, axis=1, keepdims=True) / count) * valid
+    if not divide_by_std:
+        return centred
+    return centred / (jnp.sqrt(jnp.sum(centred**2, axis=1, keepdims=True) / count) + epsilon)
+
+
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of x where mask is 1; 0 where nothing is."""
     mask = mask.astype(jnp.float32)
     return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def whiten(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8) -> jax.Array:
-    """x with mean 0 and variance 1 over the mask, zero outside it (Huang et al., arXiv 2403.17031: biased variance)."""
+def whiten(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8, shift_mean: bool = True) -> jax.Array:
+    """x with variance 1 over the mask, zero outside it (Huang et al., arXiv 2403.17031: biased variance).
+
+    shift_mean: also with mean 0; rewards keep theirs.
+    """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return (x - mean) * jax.lax.rsqrt(variance + epsilon) * mask
+    return (x - (mean if shift_mean else 0.0)) * jax.lax.rsqrt(variance + epsilon) * mask

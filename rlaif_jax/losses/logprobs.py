@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of given tokens, without logits of the whole length at once."""
+"""Log-probabilities of tokens, entropy and KL of their distributions, without logits of the whole length at once."""
 
 import functools
 import math
@@ -11,8 +11,8 @@ LOGITS_BYTES = 1 << 28  # of float32 logits that may exist at a time on each dev
 
 def token_logprobs(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, temperature: float = 1.0, chunk: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target under softmax(hidden @ unembedding / temperature), and the entropy.
+) -> jax.Array:
+    """Log-probability of each target under softmax(hidden @ unembedding / temperature).
 
     Args:
       hidden: [batch, length, width]; hidden[:, t] predicts targets[:, t].
@@ -22,15 +22,44 @@ def token_logprobs(
       chunk: positions whose logits exist at a time, by default what `LOGITS_BYTES` allows. The backward pass, which is
         exact, computes them again, so that logits of a longer length never exist; those of a single chunk are kept.
 
-    Returns (logprobs, entropy), each [batch, length] float32; entropy in nats.
+    Returns [batch, length] float32.
     """
     length = targets.shape[1]
     chunk = min(chunk or _chunk(*targets.shape, unembedding.shape[1]), length)
-    padding = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    logprobs, entropy = _token_logprobs(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk)
-    return logprobs[:, :length], entropy[:, :length]
+    hidden, targets = (_padded(x, chunk) for x in (hidden, targets))
+    return _token_logprobs(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk)[:, :length]
+
+
+def entropy_and_kl(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    ref_hidden: jax.Array,
+    ref_unembedding: jax.Array,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Entropy of p = softmax(hidden @ unembedding / temperature), and KL(p || q), q being the reference's, both exact.
+
+    The shapes and `chunk` are those of `token_logprobs`. Returns two [batch, length] float32, in nats.
+    """
+    length = hidden.shape[1]
+    chunk = min(chunk or _chunk(*hidden.shape[:2], unembedding.shape[1]), length)
+
+    @jax.checkpoint
+    def one(chunks):
+        hidden, ref_hidden = chunks
+        logprobs = jax.nn.log_softmax(_logits(hidden, unembedding.astype(hidden.dtype), temperature))
+        ref_logits = _logits(ref_hidden, ref_unembedding.astype(ref_hidden.dtype), temperature)
+        probs, ref_logprobs = jnp.exp(logprobs), jax.nn.log_softmax(ref_logits)
+        return -jnp.sum(probs * logprobs, axis=-1), jnp.sum(probs * (logprobs - ref_logprobs), axis=-1)
+
+    entropy, kl = _over_chunks(one, (_padded(hidden, chunk), _padded(ref_hidden, chunk)), chunk)
+    return entropy[:, :length], kl[:, :length]
+
+
+def _padded(x: jax.Array, chunk: int) -> jax.Array:
+    """[batch, length, ...] with the length filled up to a multiple of `chunk`."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _chunk(batch: int, length: int, vocab: int) -> int:
@@ -54,36 +83,29 @@ def _forward(hidden, unembedding, targets, temperature: float, chunk: int):
         hidden, targets, logits = chunks
         if logits is None:
             logits = _logits(hidden, unembedding, temperature)
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - largest)
-        total = jnp.sum(weights, axis=-1)
-        log_sum = largest[..., 0] + jnp.log(total)
-        mean = jnp.sum(weights * logits, axis=-1) / total
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - log_sum, log_sum - mean, log_sum
+        log_sum = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_sum, log_sum
 
-    logprobs, entropy, log_sum = _over_chunks(one, (hidden, targets, kept), chunk)
-    return (logprobs, entropy), (hidden, unembedding, targets, log_sum, entropy, kept)
+    logprobs, log_sum = _over_chunks(one, (hidden, targets, kept), chunk)
+    return logprobs, (hidden, unembedding, targets, log_sum, kept)
 
 
 def _backward(temperature: float, chunk: int, residuals, cotangents):
-    """With p the softmax of the logits z: d logprob / dz = onehot - p, and d entropy / dz = -p (log p + entropy)."""
+    """With p the softmax of the logits z: d logprob / dz = onehot - p."""
     hidden, unembedding, *rest = residuals
 
     def one(gradient, chunks):
-        hidden, targets, log_sum, entropy, logits, for_logprob, for_entropy = chunks
+        hidden, targets, log_sum, logits, for_logprob = chunks
         if logits is None:
             logits = _logits(hidden, unembedding, temperature)
-        log_probs = logits - log_sum[..., None]
-        slope = for_logprob[..., None] + for_entropy[..., None] * (log_probs + entropy[..., None])
-        at_target = jnp.arange(log_probs.shape[-1]) == targets[..., None]
-        for_logits = jnp.where(at_target, for_logprob[..., None], 0.0) - jnp.exp(log_probs) * slope
-        for_logits = (for_logits / temperature).astype(hidden.dtype)
+        at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        slope = for_logprob[..., None] / temperature
+        for_logits = (slope * (at_target - jnp.exp(logits - log_sum[..., None]))).astype(hidden.dtype)
         gradient += jnp.einsum("blw,blv->wv", hidden, for_logits, preferred_element_type=jnp.float32)
         return gradient, jnp.einsum("blv,wv->blw", for_logits, unembedding)
 
     zeros = jnp.zeros(unembedding.shape, jnp.float32)
-    chunks = jax.tree.map(functools.partial(_split, chunk=chunk), (hidden, *rest, *cotangents))
+    chunks = jax.tree.map(functools.partial(_split, chunk=chunk), (hidden, *rest, cotangents))
     for_unembedding, for_hidden = jax.lax.scan(one, zeros, chunks)
     return _join(for_hidden), for_unembedding.astype(unembedding.dtype), None
 

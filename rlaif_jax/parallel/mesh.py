@@ -126,7 +126,11 @@ def shard_batch(batch, mesh: Mesh):
 
     def put(x):
         x = np.asarray(x)
-        axes = ("batch",) + (None,) * (x.ndim - 1)
-        return jax.device_put(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh)))
+        return jax.device_put(x, batch_sharding(x.shape, mesh))
 
     return jax.tree.map(put, batch)
+
+
+def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch's array: along its first axis."""
+    return NamedSharding(mesh, partition_spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh))

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 
+from rlaif_jax.config import AlarmsConfig
 from rlaif_jax.evaluation.statistics import wilson_ci
 from rlaif_jax.reporting.read import RunData
 from rlaif_jax.reporting.words import count, number, percent, with_interval
+from rlaif_jax.training.alarms import alarms
 
 DIVERSITY = 0.8  # of SFT's distinct bigrams: less is an alarm
 REPETITION = 0.05  # of the prompts with one and the same reply: more is an alarm
@@ -23,18 +25,15 @@ class Check:
 
 
 def run_checks(run: RunData) -> list[Check]:
-    """All checks, in the order of reading."""
+    """All checks, in the order of reading; those of stages that the config has not are left out."""
     results = run.results or {}
-    return [
-        _independence(results),
-        _diversity(results),
-        _repetition(results),
-        _length(results),
-        _reward_model(run.normalisation, bool(run.config.get("reward_model.calibrate"))),
-        _judge(run),
-        _failures("Labels", run.label_manifest, run),
-        _failures("Evaluation pairs", run.eval_manifest, run),
-    ]
+    checks = [_independence(results), _diversity(results), _repetition(results), _length(results)]
+    if "reward_model" in run.planned:
+        checks.append(_reward_model(run.normalisation, bool(run.config.get("reward_model.calibrate"))))
+    checks += [_training(run), _judge(run)]
+    if "label" in run.planned:
+        checks.append(_failures("Labels", run.label_manifest, run))
+    return [*checks, _failures("Evaluation pairs", run.eval_manifest, run)]
 
 
 def _independence(results: dict) -> Check:
@@ -42,7 +41,7 @@ def _independence(results: dict) -> Check:
     if same is None:
         return Check(name, "open", "Not measured yet.")
     if same:
-        text = "The judge that evaluates is the judge that labelled the training pairs, so it marks its own work."
+        text = "The judge that evaluates is the judge that labelled or rewarded in training, so it marks its own work."
         return Check(name, "note", text)
     return Check(name, "ok", "The judge that evaluates did not label the training pairs.")
 
@@ -98,6 +97,27 @@ def _reward_model(normalisation: dict | None, calibrated: bool) -> Check:
     text += f"; calibration then scaled its rewards by {scale:.2f}" if calibrated else ""
     ignorant = accuracy["ci95"][0] <= 0.5 or (scale < SCALE if calibrated else loss >= math.log(2))
     return Check(name, "alarm" if ignorant else "ok", text + (": no better than chance." if ignorant else "."))
+
+
+def _training(run: RunData) -> Check:
+    """What the iterations of RL have raised: alarms, updates left out, responses without a score."""
+    name, lines = "RL training", run.metrics["rl"]
+    if not lines:
+        return Check(name, "open", "Not measured yet.")
+    fields = [field.name for field in dataclasses.fields(AlarmsConfig)]
+    limits = AlarmsConfig(*(run.config.get(f"rl.alarms.{field}", 0.0) for field in fields))
+    first: dict[str, str] = {}
+    for line in lines:
+        for metric, text in alarms(line, limits).items():
+            first.setdefault(metric, f"From step {line['step']}: {text}.")
+    skipped = sum(lines[-1].get(f"{part}skipped_updates") or 0 for part in ("", "value/"))
+    unscored = max(line.get("reward/unscored") or 0 for line in lines)
+    notes = [f"{skipped:.0f} updates were left out, not being finite."] if skipped else []
+    notes += [f"Up to {percent(unscored)} of an iteration's responses had no score."] if unscored else []
+    if first:
+        return Check(name, "alarm", " ".join([*first.values(), *notes]))
+    text = "No iteration reached an alarm of rl.alarms."
+    return Check(name, "note" if notes else "ok", " ".join([text, *notes]))
 
 
 def _judge(run: RunData) -> Check:

@@ -30,7 +30,7 @@ _STAGE_TITLES = {
 }
 # Of each stage: metric, and the level that knowing nothing would reach.
 _CURVES = {
-    "sft": (("loss", None), ("entropy", None)),
+    "sft": (("loss", None),),
     "reward_model": (("loss", math.log(2)), ("accuracy", 0.5), ("margin", None)),
     "rl": (
         ("reward/mean", None),
@@ -60,7 +60,7 @@ def render(run: RunData) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         verdict=verdict,
-        stages=[(name, title, run.stages[name], _progress(run, name)) for name, title in _STAGE_TITLES.items()],
+        stages=[(name, _STAGE_TITLES[name], run.stages[name], _progress(run, name)) for name in run.planned],
         commands={name: _command(run, name) for name in _STAGE_TITLES},
         by_policy=_by_policy(run.results or {}),
         single=_single(run.results or {}),
@@ -76,7 +76,9 @@ def render(run: RunData) -> str:
 
 def _command(run: RunData, stage: str) -> str:
     """What runs a stage, and the ones before it that it still needs."""
-    order = list(_STAGE_TITLES)
+    order = list(run.planned)
+    if stage not in order:
+        return ""
     needed = [name for name in order[: order.index(stage)] if run.stages[name] != "done"] + [stage]
     config = f"--config=configs/NAME.py --workdir={shlex.quote(run.path)}"
     return f"python -m rlaif_jax.main {config} --stages={','.join(needed)}"

@@ -16,7 +16,7 @@ STAGES = ("sft", "label", "reward_model", "rl", "eval")  # those of stages/pipel
 GroundTruth = Callable[[str, str], bool | None]
 
 _PAIR = ("prompt", "response_a", "response_b", "status", "prob_a", "prob_a_forward", "prob_a_reversed")
-_SAMPLE = ("prompt", *(f"{column}{name}" for name in ("sft", "rl") for column in ("", "reward/", "length/")))
+_SAMPLE = ("prompt", *(f"{column}{name}" for name in ("sft", "rl") for column in ("", "length/")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,11 @@ class RunData:
     eval_manifest: dict | None
     results: dict | None
     ground_truth: GroundTruth | None
+
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """The stages that the config has."""
+        return tuple(self.config.get("stages", STAGES))
 
     @property
     def people_labelled(self) -> bool:

@@ -26,8 +26,7 @@ def _card(run: RunData, sample: dict, judgement: dict | None) -> dict:
                 "title": name.upper(),
                 "text": sample[name],
                 "good": good[name],
-                "reward": number(sample[f"reward/{name}"]),
-                "tokens": f"{sample[f'length/{name}']:.0f}",
+                "facts": _facts(sample, name),
             }
             for name in ("sft", "rl")
         ],
@@ -37,6 +36,11 @@ def _card(run: RunData, sample: dict, judgement: dict | None) -> dict:
         "truth": "" if None in good.values() else {(True, True): "both", (False, False): "neither"}.get(
             (good["sft"], good["rl"]), "rl" if good["rl"] else "sft"),
     }  # fmt: skip
+
+
+def _facts(sample: dict, name: str) -> str:
+    reward = sample.get(f"reward/{name}")  # a run without a reward model has none
+    return ("" if reward is None else f"reward {number(reward)}, ") + f"{sample[f'length/{name}']:.0f} tokens"
 
 
 def _outcome(probability: float | None) -> str:

@@ -53,7 +53,7 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     """One response of each policy to each prompt, with its reward, length and log-ratio to the SFT policy."""
     model, scalar_model = run.language_model(), run.scalar_model()
     params = {name: run.trained_params(name, model) for name in POLICIES}
-    reward_params, config = centred_params(run), run.config.evaluation
+    reward_params, config = _reward_params(run), run.config.evaluation
     columns: dict[str, list] = {"prompt": prompts}
     for name in POLICIES:
         # One key for all policies: what they differ in is then their own doing, not the luck of the draw.
@@ -61,15 +61,20 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
             run, params[name], prompts, 1, run.key("eval"), config.sampling, _shards(run, name), config.commit_every
         )
         columns[name] = replies.texts
-        numbers = []
+        measured_columns: dict[str, list] = {}
         for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
             measured = _measure(
                 model, scalar_model, params[name], params["sft"], reward_params, batch, config.sampling.temperature
             )
-            numbers.append(np.stack([np.asarray(x, float) for x in measured])[:, :rows])
-        for column, values in zip(("reward", "kl", "length"), np.concatenate(numbers, axis=1), strict=True):
-            columns[f"{column}/{name}"] = values.tolist()
+            for column, values in measured.items():
+                measured_columns.setdefault(f"{column}/{name}", []).extend(np.asarray(values, float)[:rows].tolist())
+        columns |= measured_columns
     return pa.table(columns)
+
+
+def _reward_params(run: Run) -> dict | None:
+    """The reward model's, where the config trains one."""
+    return centred_params(run) if "reward_model" in run.config.stages else None
 
 
 def _shards(run: Run, policy: str) -> epath.Path:
@@ -86,15 +91,18 @@ def _measure(
     reward_params,
     sequences: Sequences,
     temperature: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Reward, log-ratio to the reference summed over the response (nats), and tokens: three [batch] arrays.
+) -> dict[str, jax.Array]:
+    """Log-ratio to the reference summed over the response (nats), tokens and, of a reward model, reward: [batch] each.
 
     The log-ratio is that of the distributions sampled from; at temperature 0, of those at temperature 1.
     """
-    logprobs, _ = response_logprobs(model, params, sequences, temperature or 1.0)
-    ref_logprobs, _ = response_logprobs(model, reference, sequences, temperature or 1.0)
-    rewards = response_rewards(scalar_model, reward_params, sequences)
-    return rewards, jnp.sum(k1(logprobs, ref_logprobs), axis=1), jnp.sum(sequences.response_mask, axis=1)
+    logprobs = response_logprobs(model, params, sequences, temperature or 1.0)
+    ref_logprobs = response_logprobs(model, reference, sequences, temperature or 1.0)
+    kl = jnp.sum(k1(logprobs, ref_logprobs), axis=1)
+    measured = {"kl": kl, "length": jnp.sum(sequences.response_mask, axis=1)}
+    if reward_params is not None:
+        measured["reward"] = response_rewards(scalar_model, reward_params, sequences)
+    return measured
 
 
 def _win_rates(judged: list[dict], groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
@@ -119,8 +127,9 @@ def _by_policy(run: Run, samples: dict, groups: np.ndarray, mean: Mean) -> dict[
             good = np.array([row["good"] for row in grades])
             for group in filter(None, np.unique(groups)):
                 figures[f"ground_truth_good_{group}/{name}"] = mean(good[groups == group])
+        if f"reward/{name}" in samples:
+            figures[f"reward/{name}"] = mean(samples[f"reward/{name}"])
         figures |= {
-            f"reward/{name}": mean(samples[f"reward/{name}"]),
             f"response_length/{name}": mean(samples[f"length/{name}"]),
             f"distinct_2/{name}": jackknife_ci(samples[name], distinct_2),
             f"most_common_reply/{name}": jackknife_ci(samples[name], most_common_share),
@@ -130,20 +139,29 @@ def _by_policy(run: Run, samples: dict, groups: np.ndarray, mean: Mean) -> dict[
 
 def _agreement(run: Run, samples: dict, judged: list[dict], mean: Mean) -> dict[str, Figure | bool]:
     """How far judge and reward model agree with the ground truth, where there is one, and with each other."""
-    labels = store.scored(read_parquet(run.folder("label") / "preferences.parquet")).to_pylist()
-    scored = [i for i, row in enumerate(judged) if row["status"] == "ok"]
-    rows = [judged[i] for i in scored]
-    margin = np.array([samples["reward/rl"][i] - samples["reward/sft"][i] for i in scored])
-    prefers_rl, judge_prefers_rl = 0.5 + 0.5 * np.sign(margin), np.array([row["prob_a"] for row in rows])
-    figures: dict[str, Figure | bool] = {}
-    if truth := run.ground_truth():
+    rows = [row for row in judged if row["status"] == "ok"]
+    figures: dict[str, Figure | bool] = {"judge_is_training_judge": _is_training_judge(run, judged[0])}
+    truth, labels_file = run.ground_truth(), run.folder("label") / "preferences.parquet"
+    labels = store.scored(read_parquet(labels_file)).to_pylist() if "label" in run.config.stages else rows
+    if truth:
         prob_a = np.array([row["prob_a"] for row in labels])
         figures["judge_agreement/ground_truth"] = mean(ground_truth_agreement(truth, labels, prob_a))
+    if "reward/rl" not in samples:
+        return figures
+    margin = np.array(samples["reward/rl"]) - np.array(samples["reward/sft"])
+    prefers_rl = 0.5 + 0.5 * np.sign(margin[[row["status"] == "ok" for row in judged]])
+    if truth:
         figures["reward_model_accuracy/ground_truth"] = mean(ground_truth_agreement(truth, rows, prefers_rl))
-    return figures | {
-        "reward_model_accuracy/judge": mean(agreement(prefers_rl, judge_prefers_rl)),
-        "judge_is_training_judge": all(judged[0][name] == labels[0][name] for name in ("judge", "judge_hash")),
-    }
+    judge_prefers_rl = np.array([row["prob_a"] for row in rows])
+    return figures | {"reward_model_accuracy/judge": mean(agreement(prefers_rl, judge_prefers_rl))}
+
+
+def _is_training_judge(run: Run, judged: dict) -> bool:
+    """Whether the weights and the prompt that evaluate have made labels, or the weights have given rewards."""
+    if "label" not in run.config.stages:
+        return bool(run.config.rl.rewards.judge)
+    label = read_parquet(run.folder("label") / "preferences.parquet").slice(0, 1).to_pylist()[0]
+    return all(judged[name] == label[name] for name in ("judge", "judge_hash"))
 
 
 def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:
@@ -156,10 +174,10 @@ def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:
     store.label(judge, pairs, folder, "human pairs")
     judged = read_parquet(folder / "preferences.parquet").to_pydict()
     chosen = np.array(comparisons["prob_a"])
-    rewards = score_texts(run, centred_params(run), comparisons, run.config.evaluation.batch_size)
     scored = np.array(judged["status"]) == "ok"
     prob_a = np.array(judged["prob_a"], float)
-    return {
-        "judge_agreement/human": mean(agreement(prob_a[scored], chosen[scored])),
-        "reward_model_accuracy/human": mean(agreement(0.5 + 0.5 * np.sign(rewards[0] - rewards[1]), chosen)),
-    }
+    figures = {"judge_agreement/human": mean(agreement(prob_a[scored], chosen[scored]))}
+    if (params := _reward_params(run)) is not None:
+        a, b = score_texts(run, params, comparisons, run.config.evaluation.batch_size)
+        figures["reward_model_accuracy/human"] = mean(agreement(0.5 + 0.5 * np.sign(a - b), chosen))
+    return figures

@@ -27,12 +27,12 @@ STAGES: dict[str, Callable[[Run], bool | None]] = {
 }
 
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
-_PARTS = {
+_PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
     "label": ("judge", "sampler", "label"),
     "reward_model": ("preferences", "reward_model"),
-    "rl": ("rl",),
-    "eval": ("evaluation",),
+    "rl": ("sampler", "judge", "rl"),
+    "eval": ("judge", "sampler", "evaluation"),
 }
 # Fields that change how a stage runs, not what it computes (beyond rounding).
 _OPERATIONAL = (
@@ -60,12 +60,12 @@ def plan(run: Run, names: list[str]) -> list[str]:
     Raises UserError for an unknown stage, and where a stage up to the last named one was begun under another config
     or with other files.
     """
+    order = run.config.stages
     for name in names:
-        if name not in STAGES:
-            raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
+        if name not in order:
+            raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
     if not names:
-        raise UserError(f"--stages names no stage; the stages are {', '.join(STAGES)}")
-    order = list(STAGES)
+        raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
     for name in order[: 1 + max(map(order.index, names))]:
         _check_config(run, name)
     return sorted(set(names), key=order.index)
@@ -93,7 +93,7 @@ def run_stages(run: Run, names: list[str]) -> None:
 
 def stage_inputs(run: Run, name: str) -> dict:
     """What a stage's result depends on: config fields, and hashes of the files that they name."""
-    order = list(_PARTS)
+    order = run.config.stages
     parts = [part for stage in order[: order.index(name) + 1] for part in _PARTS[stage]]
     flat = flatten(run.config) | _file_hashes(run)
     return {key: flat[key] for key in flat if key.split(".")[0] in parts and not key.endswith(_OPERATIONAL)}
@@ -111,6 +111,9 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if run.config.sft.teacher.weights:
         with blame("sft.teacher.weights"):
             hashes["sft.teacher.weights_hash"] = gguf.weights_hash(run.config.sft.teacher.weights)
+    if run.config.rl.rewards.judge:
+        with blame("rl.rewards.judge_prompt.template"):
+            hashes["rl.rewards.judge_prompt.hash"] = load_template(run.config.rl.rewards.judge_prompt).digest
     for role in COLUMNS:
         source = getattr(run.config.data, role)
         if source.kind in ("jsonl", "parquet"):
@@ -154,7 +157,7 @@ def _check_config(run: Run, name: str) -> None:
 
 
 def _check_predecessors(run: Run, name: str) -> None:
-    order = list(STAGES)
+    order = run.config.stages
     for earlier in order[: order.index(name)]:
         if not is_done(run, earlier):
             raise UserError(f"stage {name} needs stage {earlier}, which has not finished in {run.workdir}")

@@ -42,7 +42,7 @@ def reward_loss(params, batch: Comparisons, model: ScalarModel):
     total, weight = bradley_terry_loss(reward_a, reward_b, batch.prob_a)
     difference = reward_a - reward_b
     agrees = (difference > 0) == (batch.prob_a > 0.5)
-    return total, weight, {"accuracy": agrees.sum(), "margin": abs(difference).sum()}
+    return total, weight, {"accuracy": (agrees.sum(), weight), "margin": (abs(difference).sum(), weight)}
 
 
 def run_reward_model(run: Run) -> None:
@@ -55,7 +55,8 @@ def run_reward_model(run: Run) -> None:
     model = run.scalar_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(reward_loss, model=model)
-    step_fn = jax.jit(functools.partial(train_step, loss=loss, optimizer=optimizer), donate_argnums=0)
+    step_fn = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
+    step_fn = jax.jit(step_fn, donate_argnums=0)
 
     def init() -> TrainState:
         params = init_parameters(model, run.key("reward_head"), run.placement)
@@ -81,7 +82,7 @@ def run_reward_model(run: Run) -> None:
 
         return state, metrics | {"tokens": tokens}, compared
 
-    loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best)
+    loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates)
     abstract = abstract_state(model, optimizer, run.placement)
     state = train(run.folder("reward_model"), loop, abstract, init, next_step)
     rewards = [score(run, model, state.params, x, config.batch_size) for x in (comparisons.a, comparisons.b)]

@@ -3,36 +3,25 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlaif_jax.config import SFTConfig
 from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
-from rlaif_jax.data.packing import Example, PackedRows, lay_out, pack
+from rlaif_jax.data.packing import Example, lay_out, pack
 from rlaif_jax.data.prepare import load, prepare, training_texts
-from rlaif_jax.losses.logprobs import token_logprobs
-from rlaif_jax.losses.sft import completion_loss
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import init_parameters, place_parameters
-from rlaif_jax.models.transformer import LanguageModel, unembedding
+from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.replies import sample_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.stages.teacher import teacher_demonstrations
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
+from rlaif_jax.training.packed import sft_loss
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
 from rlaif_jax.training.step import train_step
-
-
-def sft_loss(params, batch: PackedRows, model: LanguageModel):
-    """Sum over completion tokens, their number, and sums of metrics: a `training.step.Loss`."""
-    hidden, _ = model.apply({"params": params}, batch.tokens, batch.segment_ids)
-    logprobs, entropy = token_logprobs(hidden[:, :-1], unembedding(params), batch.tokens[:, 1:])
-    mask = batch.completion_mask[:, 1:]
-    total, weight = completion_loss(logprobs, mask)
-    return total, weight, {"entropy": jnp.sum(entropy * mask)}
 
 
 def run_sft(run: Run) -> None:
@@ -40,18 +29,14 @@ def run_sft(run: Run) -> None:
     config, folder = run.config.sft, run.folder("sft")
     if not any(folder.glob("checkpoints/*")):  # at the start; afterwards the data stays as it is
         _prepare_data(run)
-    tokenizer = run.tokenizer()
-    demonstrations = teacher_demonstrations(run) if config.teacher.weights else run.data("demonstrations")
-    prompts = prompt_tokens(tokenizer, demonstrations["prompt"])
-    replies = texts_to_tokens(tokenizer, demonstrations["reply"])
-    examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
-    rows = _rows(examples, config, run.order_seed("packing"))
+    rows = demonstration_rows(run)
     batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed("sft"))
 
     model = run.language_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(sft_loss, model=model)
-    step_fn = jax.jit(functools.partial(train_step, loss=loss, optimizer=optimizer), donate_argnums=0)
+    step_fn = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
+    step_fn = jax.jit(step_fn, donate_argnums=0)
 
     def next_step(state: TrainState, step: int):
         batch = lay_out([rows[row] for row in batches[step]], config.row_length)
@@ -61,11 +46,21 @@ def run_sft(run: Run) -> None:
 
     train(
         folder,
-        LoopConfig(config.steps, config.checkpoint_every, config.keep_best),
+        LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates),
         abstract_state(model, optimizer, run.placement),
-        lambda: init_state(model, _initial_params(run, model), optimizer, run.placement),
+        lambda: init_state(model, initial_params(run, model), optimizer, run.placement),
         next_step,
     )
+
+
+def demonstration_rows(run: Run) -> list[list[Example]]:
+    """The demonstrations that share a row of SFT, in a shuffled order that is the run's."""
+    config, tokenizer = run.config.sft, run.tokenizer()
+    demonstrations = teacher_demonstrations(run) if config.teacher.weights else run.data("demonstrations")
+    prompts = prompt_tokens(tokenizer, demonstrations["prompt"])
+    replies = texts_to_tokens(tokenizer, demonstrations["reply"])
+    examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
+    return _rows(examples, config, run.order_seed("packing"))
 
 
 def _rows(examples: list[Example], config: SFTConfig, seed: int) -> list[list[Example]]:
@@ -98,7 +93,8 @@ def _prepare_data(run: Run) -> None:
     prepare(data, seed, tokenizer, policy.max_prompt_length, policy.max_response_length, folder / "data")
 
 
-def _initial_params(run: Run, model: LanguageModel):
+def initial_params(run: Run, model: LanguageModel):
+    """The parameters that SFT begins with: those of the weights, or random ones."""
     if run.config.policy.weights:
         weights = gguf.load_parameters(gguf.open_gguf(run.config.policy.weights))
         return place_parameters(model, weights, run.placement)

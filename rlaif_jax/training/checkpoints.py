@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -72,13 +73,13 @@ class Checkpoints:
         restored = {name: _restore(self.folder / str(step) / name, item) for name, item in items.items()}
         return step, dataclasses.replace(abstract, params=restored["params"], **restored["rest"])
 
-    def save(self, step: int, state, metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, state, metrics: Mapping[str, float | None]) -> None:
         """Writes a checkpoint; it counts only once its checksums are there. metrics: of the step just done."""
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(_rest(state))}
         manager = self._manager
         _check_room(self.folder, state)
         try:
-            saved = manager.save(step, args=ocp.args.Composite(**items), metrics=dict(metrics))
+            saved = manager.save(step, args=ocp.args.Composite(**items), metrics=self._ranked(metrics))
             manager.wait_until_finished()
         except BaseException:
             self._sweep()  # half a checkpoint would take room from whoever runs out of it
@@ -90,6 +91,11 @@ class Checkpoints:
             hashes = file_hashes([self.folder / str(step) / name for name in names])
             write_json(_manifest(self.folder, step), dict(zip(names, hashes, strict=True)))
             self._prune()
+
+    def _ranked(self, metrics: Mapping[str, float | None]) -> dict[str, float]:
+        """Metrics to choose the best by; one that a step has not got is the worst."""
+        worst = math.inf if self._keep_best.startswith("min") else -math.inf
+        return {name: worst if value is None else value for name, value in metrics.items()}
 
     def close(self) -> None:
         """Releases the manager's threads."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -28,15 +29,22 @@ class LoopConfig:
     steps: int
     checkpoint_every: int
     keep_best: str = ""  # "min METRIC" or "max METRIC": the best checkpoint is kept beside the newest
+    max_skipped_updates: int = 0  # updates left out as not finite, before the stage stops
 
 
 def train(
-    folder: epath.Path, config: LoopConfig, abstract: State, init: Callable[[], State], next_step: NextStep
+    folder: epath.Path,
+    config: LoopConfig,
+    abstract: State,
+    init: Callable[[], State],
+    next_step: NextStep,
+    watch: Callable[[int, dict], None] = lambda step, metrics: None,
 ) -> State:
     """Runs `next_step` from the newest checkpoint, or from `init()`, to `config.steps`; returns the last state.
 
-    Checkpoints and metrics go to `folder`, TensorBoard files to `logs` beside it. Raises UserError where a metric
-    is not finite, keeping the last checkpoint.
+    Checkpoints and metrics go to `folder`, TensorBoard files to `logs` beside it. `watch` is told of each step's
+    metrics once they are logged, and may raise. Raises UserError, keeping the last checkpoint, where more updates than
+    allowed were skipped, and where a metric is not finite although none was. Metrics of a skipped update are null.
     """
     name, saved, began = folder.name, 0, 0.0
     unlogged: list[tuple[int, dict, Callable[[], list[dict]]]] = []
@@ -49,10 +57,12 @@ def train(
                 """Waits for the step that was begun last, and logs it."""
                 nonlocal began
                 step, values, samples = unlogged.pop()
-                metrics = {key: float(value) for key, value in jax.device_get(values).items()}
-                _check(name, config, folder, step, saved, metrics)
+                found = {key: float(value) for key, value in jax.device_get(values).items()}
+                _check(name, config, folder, step, saved, found)
+                metrics = {key: value if math.isfinite(value) else None for key, value in found.items()}
                 now = time.perf_counter()
                 log.write(step, metrics, samples(), now - began)
+                watch(step, metrics)
                 began = now
                 return metrics
 
@@ -69,13 +79,18 @@ def train(
 
 
 def _check(name: str, config: LoopConfig, folder: epath.Path, step: int, saved: int, metrics: dict) -> None:
-    """Raises UserError where a metric is not finite, and where there is none by which to keep the best."""
+    """Raises UserError where metrics are not as they must be, and where there is none by which to keep the best."""
     bad = sorted(key for key, value in metrics.items() if not math.isfinite(value))
-    if bad:
+    skipped = sum(metrics.get(f"{part}skipped_updates", 0) for part in ("", "value/"))
+    here = sum(metrics.get(f"{part}skipped", 0) for part in ("", "value/"))
+    if skipped > config.max_skipped_updates or (bad and not here):
         raise UserError(
-            f"stage {name} stopped at step {step}: {', '.join(bad)} not finite; the last checkpoint is step {saved}. "
-            f"Lower config.{name}.optimizer.learning_rate, and use another --workdir or delete {folder}"
+            f"stage {name} stopped at step {step}: {', '.join(bad)} not finite; {skipped:.0f} updates were skipped for "
+            f"that (config.{name}.max_skipped_updates={config.max_skipped_updates}); the last checkpoint is step "
+            f"{saved}. Lower config.{name}.optimizer.learning_rate, and use another --workdir or delete {folder}"
         )
+    for key in bad:
+        print(f"rlaif_jax: stage {name}, step {step}: {key} is not finite, its update was skipped", file=sys.stderr)
     if config.keep_best and config.keep_best.split()[1] not in metrics:
         raise UserError(
             f"config.{name}.keep_best={config.keep_best!r} names no metric of the stage; they are "

@@ -59,8 +59,10 @@ class Board:
         self._write(Event(step=resume_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """The metrics of a step."""
+        """The metrics of a step, but for those that are None."""
         for name, value in values.items():
+            if value is None:
+                continue
             self._write(Event(step=step, summary=scalar(name, value)))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._events.flush()
@@ -86,7 +88,7 @@ class StageLog:
         self._board = Board(logs / folder.name, resume_step)
 
     def write(self, step: int, metrics: dict[str, float], samples: list[dict], seconds: float) -> None:
-        """A step: its metrics, all of them finite and `tokens` among them, sampled texts, and its wall-clock time."""
+        """A step: its metrics, finite or None and `tokens` among them, sampled texts, and its wall-clock time."""
         metrics = dict(sorted(metrics.items()))
         self._metrics.write({"step": step} | metrics)
         self._board.scalars(step, metrics)

@@ -27,19 +27,25 @@ def _joined(sequences: Sequences) -> tuple[jax.Array, jax.Array]:
     return tokens, mask.astype(jnp.int32)
 
 
-def response_logprobs(
-    model: LanguageModel, params, sequences: Sequences, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs of the response tokens and the entropy at each: two [batch, response_length] float32, 0 off the mask.
+def response_states(model: LanguageModel, params, sequences: Sequences) -> jax.Array:
+    """The hidden state before each response token: [batch, response_length, width]."""
+    tokens, segment_ids = _joined(sequences)
+    hidden, _ = model.apply({"params": params}, tokens, segment_ids)
+    return hidden[:, sequences.prompts.shape[1] - 1 : -1]
+
+
+def response_logprobs(model: LanguageModel, params, sequences: Sequences, temperature: float) -> jax.Array:
+    """Log-probs of the response tokens: [batch, response_length] float32, 0 off the mask."""
+    return logprobs_of(response_states(model, params, sequences), params, sequences, temperature)
+
+
+def logprobs_of(states: jax.Array, params, sequences: Sequences, temperature: float) -> jax.Array:
+    """The same from `response_states`.
 
     The one log-prob function of the project: policy, old policy and reference all go through it.
     """
-    tokens, segment_ids = _joined(sequences)
-    hidden, _ = model.apply({"params": params}, tokens, segment_ids)
-    start = sequences.prompts.shape[1] - 1  # the hidden state before response token 0
-    hidden = hidden[:, start:-1]
-    logprobs, entropy = token_logprobs(hidden, unembedding(params), sequences.responses, temperature)
-    return jnp.where(sequences.response_mask, logprobs, 0.0), jnp.where(sequences.response_mask, entropy, 0.0)
+    logprobs = token_logprobs(states, unembedding(params), sequences.responses, temperature)
+    return jnp.where(sequences.response_mask, logprobs, 0.0)
 
 
 def response_values(model: ScalarModel, params, sequences: Sequences) -> jax.Array:

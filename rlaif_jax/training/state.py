@@ -1,4 +1,4 @@
-"""Train states: parameters, optimizer state and step, sharded alike."""
+"""Train states: parameters, optimizer state and counts of updates, sharded alike."""
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,12 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # [] int32: updates done
     params: dict
     opt_state: optax.OptState
+    skipped: jax.Array  # [] int32: updates left out because loss or gradient was not finite
+
+
+def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 of these very parameters."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, placement: Placement) -> TrainState:
@@ -27,16 +33,12 @@ def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, pl
         params,
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.whole),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.whole)
-    return TrainState(step, params, opt_state)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.whole)
+    return TrainState(count, params, opt_state, count)
 
 
 def init_state(model: nn.Module, params, optimizer: optax.GradientTransformation, placement: Placement) -> TrainState:
     """A state at step 0. The parameters are copied, since updates donate the state."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, placement))
-
-    def init(params):
-        params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return jax.jit(init, out_shardings=shardings)(params)
+    init = jax.jit(lambda params: new_state(jax.tree.map(jnp.copy, params), optimizer), out_shardings=shardings)
+    return init(params)

@@ -1,6 +1,7 @@
 """The one train step: a loss that is a sum, divided by its weight, then an optimizer update."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +9,55 @@ import optax
 
 from rlaif_jax.training.state import TrainState
 
-# (params, batch) -> (sum of the loss, weight, sums of metrics by name). A loss is a sum and a weight, never a
-# mean, so that it does not depend on how a batch is split or padded.
-Loss = Callable[[dict, dict], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+# (params, batch) -> (sums, weights, metrics): the loss is the sum of what each sum is over its weight, one of each or
+# a dict of several terms; a metric is a (sum, weight), too. Never a mean, so that a loss does not depend on how a batch
+# is split or padded. Weights depend on the batch alone.
+Loss = Callable[[dict, Any], tuple[Any, Any, dict[str, tuple[jax.Array, jax.Array]]]]
 
 
 def train_step(
-    state: TrainState, batch, loss: Loss, optimizer: optax.GradientTransformation
+    state: TrainState, batch, loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int = 1
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Metrics are means over the loss's weight, and `loss`, `grad_norm` and the new `param_norm`.
+    """One update. Returns the state, and the loss's metrics, `loss`, `grad_norm` and the new `param_norm`.
 
-    A parameter that is not finite shows in `param_norm`, so that it is never saved.
+    A loss or gradient that is not finite changes nothing but `state.skipped`: then the metric `skipped` is 1, and
+    `skipped_updates` counts them since the start.
+
+    micro_batches: parts of the batch that are worked on one after another, for memory; a divisor of its rows on each
+      device. Their gradients add up to that of the whole batch.
     """
-
-    def mean(params):
-        total, weight, sums = loss(params, batch)
-        weight = jnp.maximum(weight, 1.0)
-        return total / weight, {name: value / weight for name, value in sums.items()}
-
-    (value, metrics), grads = jax.value_and_grad(mean, has_aux=True)(state.params)
+    value, metrics, grads = _loss_and_gradient(state.params, batch, loss, micro_batches)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-    return TrainState(state.step + 1, params, opt_state), metrics | norms | {"loss": value}
+    changed = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, (
+        state.params, state.opt_state))  # fmt: skip
+    skipped = 1 - finite.astype(jnp.int32)
+    state = TrainState(state.step + 1 - skipped, params, opt_state, state.skipped + skipped)
+    norms = {"grad_norm": grad_norm, "param_norm": optax.tree.norm(params)}
+    return state, metrics | norms | {"loss": value, "skipped": skipped, "skipped_updates": state.skipped}
+
+
+def _loss_and_gradient(params, batch, loss: Loss, parts: int) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    def weighted(params, batch, weights):
+        sums, own, metrics = loss(params, batch)
+        means = jax.tree.map(lambda x, weight: x / jnp.maximum(weight, 1.0), sums, own if weights is None else weights)
+        return sum(jax.tree.leaves(means)), metrics
+
+    gradient = jax.value_and_grad(weighted, has_aux=True)
+    if parts == 1:
+        (value, metrics), grads = gradient(params, batch, None)
+    else:
+        # Rows i, i + parts, i + 2 parts ... are part i, so that each is spread over all devices.
+        batch = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+        weights = jax.lax.map(lambda part: loss(params, part)[1], batch)  # compiled without the model
+        weights = jax.tree.map(lambda x: jnp.sum(x, axis=0), weights)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, part, weights)), None
+
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), weights)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((value, metrics), grads), _ = jax.lax.scan(add, zeros, batch)
+    return value, {name: x / jnp.maximum(weight, 1.0) for name, (x, weight) in metrics.items()}, grads

@@ -7,7 +7,7 @@ import yaml
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import Pair
-from rlaif_jax.judge.score import answer_pairs, judge_pairs, plan_judging
+from rlaif_jax.judge.score import answer_pairs, judge_pairs, plan_judging, rate
 from tests.helpers import full_logits
 from tests.judge.conftest import LONG, PAIRS, judge_with
 
@@ -143,3 +143,15 @@ def test_a_chat_scores_as_its_whole_text(config):
 def test_a_preamble_that_fills_the_context_is_refused(config):
     with pytest.raises(UserError, match=r"judge\.max_length=20"):
         judge_with(config, max_length=20)
+
+
+def test_a_rating_is_the_same_alone_and_in_a_pair_and_nan_where_there_is_none(config, tmp_path):
+    path = tmp_path / "methods.yaml"
+    path.write_text(yaml.safe_dump(METHODS))
+    judge = judge_with(config, prompt={"template": str(path), "shots": 0, "method": "rating"})
+    pairs = [*PAIRS, LONG]
+    prompts, responses = [pair.prompt for pair in pairs], [pair.response_a for pair in pairs]
+    ratings = rate(judge, [*prompts, "x" * 5000], [*responses, "y"])
+    for judgement, rating in zip(judge_pairs(judge, pairs), ratings, strict=False):
+        assert judgement.verdict.rating_a == pytest.approx(rating, abs=1e-6)
+    assert np.isnan(ratings[-1]) and np.all(np.abs(ratings[:-1]) <= 1)

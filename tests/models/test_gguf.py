@@ -37,7 +37,7 @@ def test_smollm2_equals_transformers(smollm2, smollm2_reference):
     batch = np.stack([np.pad(row, (0, length - len(row))) for row in tokens])
     segments = np.stack([np.arange(length) < len(row) for row in tokens]).astype(np.int32)
     hidden, _ = apply(model, params, batch, segments)
-    logprobs, _ = token_logprobs(hidden[:, :-1], unembedding(params), batch[:, 1:])
+    logprobs = token_logprobs(hidden[:, :-1], unembedding(params), batch[:, 1:])
     vocabulary = np.asarray(unembedding(params))[:, smollm2_reference["vocabulary"]]
     for i, row in enumerate(tokens):
         logits = np.asarray(hidden[i, : len(row)]) @ vocabulary
@@ -93,7 +93,7 @@ def test_a_small_untied_grouped_query_llama_equals_transformers(tmp_path, tiny_r
     @jax.value_and_grad
     def loss_and_gradient(params):
         hidden, _ = model.apply({"params": params}, tokens, jnp.ones_like(tokens))
-        return -jnp.sum(token_logprobs(hidden[:, :-1], unembedding(params), tokens[:, 1:])[0])
+        return -jnp.sum(token_logprobs(hidden[:, :-1], unembedding(params), tokens[:, 1:]))
 
     loss, gradient = loss_and_gradient(params)
     decoder = gradient["decoder"]

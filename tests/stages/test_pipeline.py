@@ -95,7 +95,7 @@ BAD_USAGE = {
     "empty workdir": (["--workdir="], ["--workdir is empty"]),
     "workdir that can't be": (["--workdir=/proc/x"], ["/proc/x", "can't be written"]),
     "seed too large": (["--config.seed=4294967296"], ["seed=4294967296", "2147483647"]),
-    "not finite": (["--config.rl.kl_coef=inf"], ["rl.kl_coef", "finite"]),
+    "not finite": (["--config.rl.kl.coef=inf"], ["rl.kl.coef", "finite"]),
     "unknown axis": (["--config.mesh.replicated=('headz',)"], ["replicated", "headz"]),
     "other cache": (["--config.sampler.cache_dtype=int8"], ["sampler.cache_dtype='int8'"]),
     "no such cache": (["--config.sampler.cache_dtype=int4"], ["sampler.cache_dtype", "int8"]),

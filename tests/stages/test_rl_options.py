@@ -1,0 +1,161 @@
+"""Whole RL stages with a tiny judge: what the options of `config.rl` do, and that a kill changes nothing of it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import parts, quickstart
+from rlaif_jax import check
+from rlaif_jax.main import main
+from rlaif_jax.stages import rl
+from rlaif_jax.stages import run as runs
+from tests.helpers import one_device_mesh
+from tests.tiny_judge import tiny_run_flags, write_judge
+
+DIRECT = (
+    "--config.stages=('sft','rl','eval')",
+    "--config.rl.value_init=sft",
+    "--config.rl.rewards.reward_model=0.0",
+)
+VERIFIED = "--config.rl.rewards.verifier=1.0"
+# Everything at once that an iteration hands to the next, and a part of the reward that needs the texts.
+OPTIONS = (
+    "--config.rl.rollout_lag=1",
+    "--config.rl.importance_cap=2.0",
+    "--config.rl.kl.target=0.5",
+    "--config.rl.kl.horizon=64.0",
+    "--config.rl.rewards.length=0.01",
+    "--config.rl.rewards.length_limit=8",
+    "--config.rl.rewards.normalise=running",
+    "--config.rl.ptx_coef=0.5",
+)
+
+
+def verifier(prompts, responses):
+    """Most responses have a score."""
+    return [None if len(response) % 7 == 0 else len(response) / 100 for response in responses]
+
+
+def nothing(prompts, responses):
+    return [None for _ in responses]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    return write_judge(tmp_path_factory.mktemp("judge") / "judge.gguf")
+
+
+@pytest.fixture(scope="module")
+def sft(judge, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    assert main(["main", *tiny_run_flags(judge, folder), *DIRECT, VERIFIED, "--stages=sft"]) == 0
+    return folder / "sft"
+
+
+def flags(judge, sft, workdir, *options):
+    if not workdir.exists():
+        shutil.copytree(sft, workdir / "sft")
+    return ["main", *tiny_run_flags(judge, workdir), *DIRECT, VERIFIED, *options]
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "rl" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_an_iteration_hands_to_the_next_survives_a_kill(judge, sft, tmp_path, monkeypatch):
+    # Eight threads of a CPU add up in any order.
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    options = (*OPTIONS, f"--config.rl.rewards.verifier_function={__name__}:verifier", "--stages=rl")
+    options += ("--config.rl.rewards.max_unscored_rate=0.9",)
+    assert main(flags(judge, sft, tmp_path / "whole", *options)) == 0
+    make_rollout, steps = rl.make_rollout, []
+
+    def killed(*arguments, **settings):
+        steps.append(0)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return make_rollout(*arguments, **settings)
+
+    monkeypatch.setattr(rl, "make_rollout", killed)
+    assert main(flags(judge, sft, tmp_path / "killed", *options)) == 130
+    assert main(flags(judge, sft, tmp_path / "killed", *options)) == 0
+    lines = metrics(tmp_path / "whole")
+    assert lines == metrics(tmp_path / "killed")
+    assert len({line["kl/coef"] for line in lines}) > 2  # the coefficient moves, and is not reset by the kill
+    assert {line["reward/unscored"] > 0 for line in lines} == {False, True}
+    assert all({"reward/verifier", "reward/length", "ptx_loss", "importance/mean"} <= set(line) for line in lines)
+    assert lines[0]["sampler_mismatch/max"] < 1e-4 < lines[2]["sampler_mismatch/max"]  # from then on rollouts lag
+
+
+def test_direct_rlaif_needs_neither_labels_nor_a_reward_model(judge, sft, tmp_path):
+    options = ("--config.rl.rewards.verifier=0.0", "--config.rl.rewards.judge=1.0", "--config.rl.steps=2")
+    assert main(flags(judge, sft, tmp_path / "run", *options)) == 0
+    assert not (tmp_path / "run" / "label").exists() and not (tmp_path / "run" / "reward_model").exists()
+    lines = metrics(tmp_path / "run")
+    assert all(-1 <= line["reward/judge"] <= 1 for line in lines)
+    for line in lines:
+        assert line["reward/judge"] == pytest.approx(line["reward/mean"], abs=1e-6)
+    results = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
+    assert results["judge_is_training_judge"] is True and "reward/rl" not in results
+    assert "Reward model" not in (tmp_path / "run" / "report.html").read_text().split("<h2")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "grpo"])
+def test_every_algorithm_runs_as_a_stage(judge, sft, tmp_path, algorithm):
+    config = quickstart.get_config()
+    parts.rl_losses(config, algorithm)
+    names = ("advantage", "loss", "aggregation", "epochs", "minibatches", "gae_lambda", "clip_value")
+    arm = [f"--config.rl.{name}={config.rl[name]}" for name in names]
+    arm += [f"--config.rl.kl.{name}={config.rl.kl[name]}" for name in ("placement", "estimator", "interpolate")]
+    arm += ["--config.rl.group_size=2", "--config.rl.rewards.verifier_function=ground_truth", "--stages=rl"]
+    assert main(flags(judge, sft, tmp_path / "run", *arm)) == 0
+    assert all(np.isfinite(line["loss"]) and ("value/loss" in line) == (algorithm == "reinforce")
+               for line in metrics(tmp_path / "run"))  # fmt: skip
+
+
+BAD = {
+    "no gradient": (["kl.placement=loss"], ["k1 is zero", "use k2, k3 or full"]),
+    "not a KL": (["kl.estimator=k3"], ["reward must be the log-ratio"]),
+    "alone": (["advantage=group"], ["group_size", "compare"]),
+    "reused": (["loss=reinforce"], ["rl.loss=reinforce", "epochs=1"]),
+    "nothing to learn": (["rewards.verifier=0.0"], ["no part with a weight"]),
+    "no such function": (["rewards.verifier_function=json:nowhere"], ["verifier_function='json:nowhere'", "nowhere"]),
+    "no module": (["rewards.verifier_function=nowhere"], ["must be module:function"]),
+    "pairwise rating": (["rewards.judge=1.0", "rewards.judge_prompt.method=pairwise"], ["method=rating"]),
+    "pattern": (["rewards.format=1.0", "rewards.format_pattern=("], ["format_pattern='('", "malformed"]),
+    "no reward model": (["rewards.reward_model=1.0"], ["needs the stage reward_model"]),
+    "unscored": ([f"rewards.verifier_function={__name__}:nothing"], ["100.0% of the responses have no score"]),
+    "uneven groups": (["group_size=3"], ["rl.batch_size=16", "rl.group_size x devices"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_can_not_be_trained_is_one_clear_line(judge, sft, tmp_path, capfd, case):
+    options, words = BAD[case]
+    options = [f"--config.rl.{option}" for option in options]
+    assert main(flags(judge, sft, tmp_path / "run", *options, "--stages=rl")) == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
+    assert len(error) == 1 and all(word in error[0] for word in words), error
+
+
+def test_alarms_are_said_once(judge, sft, tmp_path, capfd):
+    options = ("--config.rl.alarms.length_below=1000.0", "--config.rl.steps=2", "--stages=rl")
+    assert main(flags(judge, sft, tmp_path / "run", *options)) == 0
+    assert capfd.readouterr().err.count("alarm at rl step 0: response_length") == 1
+
+
+def test_the_check_command_passes_on_eight_devices_and_sees_a_sampler_that_differs(capfd, monkeypatch):
+    small = [f"--config.policy.model.{name}={value}" for name, value in (
+        ("hidden_size", 32), ("intermediate_size", 64), ("vocab_size", 128), ("num_hidden_layers", 1))]  # fmt: skip
+    arguments = ["check", *small, "--config.rl.batch_size=64", "--config.mesh.tensor=2"]
+    arguments += ["--config.mesh.replicated=('heads','kv_heads')"]
+    assert check.main(arguments) == 0
+    printed = capfd.readouterr().out
+    assert "8 device(s)" in printed and "FAILS" not in printed and "sharding" in printed
+    logprobs = check._logprobs
+    monkeypatch.setattr(check, "_logprobs", lambda *arguments: logprobs(*arguments) + 0.01)
+    assert check.main(arguments) == 1
+    assert capfd.readouterr().out.count("FAILS") == 1
