@@ -22,8 +22,10 @@ from rlaif_jax.models.parameters import decoding_model, decoding_parameters, ini
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.sampling.generate import generate
 from rlaif_jax.sampling.stopping import Stopping
-from rlaif_jax.stages.rl import RLState, make_rollout, update
 from rlaif_jax.training.optimizer import make_optimizer
+from rlaif_jax.training.policy_update import update
+from rlaif_jax.training.rollout import RLState, Sampled, initial_control, make_rollout
+from rlaif_jax.training.sequences import Sequences
 from rlaif_jax.training.state import init_state
 
 
@@ -43,7 +45,9 @@ def main() -> None:
     value_params = init_parameters(scalar_model, jax.random.key(1), placement)
     policy = init_state(model, parameters, optimizer, placement)
     value = init_state(scalar_model, value_params, optimizer, placement)
-    state = RLState(policy.step, policy.params, policy.opt_state, value)
+    control = jax.device_put(initial_control(config), placement.whole)
+    state = RLState(policy.step, policy.params, policy.opt_state, policy.skipped, value, control, None)
+    no_scores = np.zeros(options.batch, np.float32)
     prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, (options.batch, options.prompt))
     prompts, mask = prompts.astype(np.int32), np.ones(prompts.shape, bool)
     stopping = Stopping((), (), jnp.zeros((0, 0), jnp.uint8), jnp.zeros(0, jnp.int32))
@@ -58,11 +62,18 @@ def main() -> None:
                            np.arange(options.batch, dtype=np.int32), stopping, max_new_tokens=options.new,
                            sampling=config.sampling, cache_dtype=options.dtype)  # fmt: skip
         wait("sample", replies.samples)
-        rollout, _, metrics = make_rollout(model, scalar_model, state, parameters, value_params, prompts, mask, replies,
-                                           config=config)  # fmt: skip
+        sequences = Sequences(prompts, mask, replies.samples.tokens, replies.samples.mask)
+        sampled = Sampled(sequences, replies.samples.logprobs, replies.ended)
+        rollout, control, _, metrics = make_rollout(model, scalar_model, state, parameters, value_params, sampled,
+                                                    no_scores, config=config)  # fmt: skip
         wait("score", rollout)
-        state, more = wait("update", update_fn(state, rollout, jax.random.key(step)))
-        return state, metrics | more
+        state, more = wait(
+            "update",
+            update_fn(
+                state.replace(control=None), rollout, state.control.kl_coef, parameters, None, jax.random.key(step)
+            ),
+        )
+        return state.replace(control=control), metrics | more
 
     phases: dict[str, list[float]] = {}
     began = 0.0

@@ -117,7 +117,7 @@ def assert_trees_close(a, b, **tolerance):
 
 
 def rl_config(**changes) -> RLConfig:
-    fields = {"batch_size": 8, "minibatches": 2, "epochs": 1, "sampling": SAMPLING, "kl_coef": 0.1}
+    fields = {"batch_size": 8, "minibatches": 2, "epochs": 1, "sampling": SAMPLING}
     return dataclasses.replace(quickstart_config().rl, **(fields | changes))
 
 

@@ -18,7 +18,7 @@ DATA = {
 }
 HOSTILE = "<script>alert(1)</script> and </script><img src=x onerror=alert(2)> {{ 7 * 7 }} \" ' & \u202e"
 CURVES = {
-    "sft": ("loss", "entropy"),
+    "sft": ("loss",),
     "reward_model": ("loss", "accuracy", "margin"),
     "rl": ("reward/mean", "kl/sequence", "entropy", "clip_fraction", "response_length", "loss", "value/loss"),
 }

@@ -43,7 +43,7 @@ def entropy_and_kl(
     The shapes and `chunk` are those of `token_logprobs`. Returns two [batch, length] float32, in nats.
     """
     length = hidden.shape[1]
-    chunk = min(chunk or _chunk(*hidden.shape[:2], unembedding.shape[1]), length)
+    chunk = min(chunk or _chunk(*hidden.shape[:2], 2 * unembedding.shape[1]), length)  # of two distributions
 
     @jax.checkpoint
     def one(chunks):

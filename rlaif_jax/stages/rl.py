@@ -75,9 +75,10 @@ def run_rl(run: Run) -> None:
         rollout, control, scores, metrics = make_rollout(
             model, scalar_model, state, reference, reward_params, sampled, scores, config=config
         )
-        state, update_metrics = update_fn(
-            state, rollout, control, reference, demonstrations(step), run.key("permutation", step)
-        )
+        kl_coef, key = state.control.kl_coef, run.key("permutation", step)
+        state = state.replace(control=None)
+        state, update_metrics = update_fn(state, rollout, kl_coef, reference, demonstrations(step), key)
+        state = state.replace(control=control)
 
         def shown() -> list[dict]:
             if step % config.samples_every and step + 1 < config.steps:

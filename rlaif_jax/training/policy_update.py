@@ -13,7 +13,7 @@ from rlaif_jax.losses.logprobs import entropy_and_kl
 from rlaif_jax.losses.policy import aggregate, clipped_loss, clipped_value_loss, reinforce_loss
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel, unembedding
 from rlaif_jax.training.packed import sft_loss
-from rlaif_jax.training.rollout import Control, RLState, Rollout
+from rlaif_jax.training.rollout import RLState, Rollout
 from rlaif_jax.training.sequences import logprobs_of, response_states, response_values
 from rlaif_jax.training.step import train_step
 
@@ -68,7 +68,7 @@ def value_loss(params, batch: Rollout, model: ScalarModel, config: RLConfig):
 def update(
     state: RLState,
     rollout: Rollout,
-    control: Control,
+    kl_coef: jax.Array,
     reference,
     demonstrations: PackedRows | None,
     key: jax.Array,
@@ -81,7 +81,8 @@ def update(
 ) -> tuple[RLState, dict[str, jax.Array]]:
     """`epochs` passes over the rollout in freshly permuted minibatches, as one scan. Metrics are their means.
 
-    control: of the next iteration; the loss takes the coefficient of this one. reference: the SFT policy's parameters.
+    state: donated by its caller, so without the control, whose arrays `make_rollout` may have passed on.
+    kl_coef: [] float32, of a penalty in the loss. reference: the SFT policy's parameters.
     demonstrations: rows for all minibatches together, with `ptx_coef`.
     """
     updates, size = config.epochs * config.minibatches, config.batch_size // config.minibatches
@@ -89,7 +90,6 @@ def update(
     rows = jnp.stack(permutations).reshape(updates, size)
     # Row i, i + updates, ... of the demonstrations are minibatch i's, so that each is spread over all devices.
     demonstrations = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, updates, *x.shape[1:]), 1, 0), demonstrations)
-    kl_coef = state.control.kl_coef
     losses = (
         functools.partial(policy_loss, kl_coef=kl_coef, reference=reference, model=model, config=config),
         functools.partial(value_loss, model=scalar_model, config=config),
@@ -106,7 +106,7 @@ def update(
             state = state.replace(value=value)
         return state, metrics
 
-    state, metrics = jax.lax.scan(minibatch, state.replace(control=control), (rows, demonstrations))
+    state, metrics = jax.lax.scan(minibatch, state, (rows, demonstrations))
     # Of the minibatches whose update was made; where none was, there is no mean.
     means = {name: jnp.nanmean(jnp.where(jnp.isfinite(x), x, jnp.nan)) for name, x in metrics.items()}
     for part in ("", "value/") if state.value is not None else ("",):

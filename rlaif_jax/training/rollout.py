@@ -56,7 +56,7 @@ class RLState(struct.PyTreeNode):
     opt_state: optax.OptState
     skipped: jax.Array  # [] int32: policy updates left out
     value: TrainState | None  # None where advantages need no value network
-    control: Control
+    control: Control | None  # None while the updates are made
     pending: Sampled | None  # where rollouts lag one iteration: what the next one trains on
 
     @property

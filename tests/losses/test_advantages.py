@@ -3,8 +3,9 @@ import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import pytest
 
-from rlaif_jax.losses.advantages import gae, masked_mean, whiten
+from rlaif_jax.losses.advantages import gae, group_relative, leave_one_out, masked_mean, whiten
 
 SHAPE = (3, 6)
 FLOATS = arrays.arrays(np.float32, SHAPE, elements=st.floats(-4, 4, width=32))
@@ -64,3 +65,88 @@ def test_whitening_nothing_or_a_constant_is_finite():
 def test_masked_mean_reads_the_mask_alone():
     assert masked_mean(np.array([1.0, 3.0, np.float32(1e9)]), np.array([1, 1, 0])) == 2
     assert masked_mean(np.ones(3), np.zeros(3)) == 0
+
+
+def test_rewards_that_are_whitened_keep_the_sign_of_their_mean():
+    x, mask = np.float32([[3, 5, 4], [2, 9, 0]]), np.array([[1, 1, 1], [1, 0, 0]], bool)
+    expected = np.where(mask, x / np.float64(x[mask]).std(), 0)
+    np.testing.assert_allclose(whiten(x, mask, shift_mean=False), expected, rtol=1e-5)
+
+
+GROUPS = np.float32([[1, 4, 2, 7], [3, 3, 3, 3], [5, 1, 0, 2], [9, 8, 7, 6]])
+VALID = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]], bool)
+
+
+def test_the_baseline_of_a_reply_is_the_mean_of_the_others_that_have_a_score():
+    expected = np.zeros(GROUPS.shape)
+    for i, j in np.ndindex(GROUPS.shape):
+        others = [GROUPS[i, k] for k in range(4) if k != j and VALID[i, k]]
+        expected[i, j] = GROUPS[i, j] - np.mean(others) if VALID[i, j] and others else 0
+    np.testing.assert_allclose(leave_one_out(GROUPS, VALID), expected, rtol=1e-6)
+    assert not expected[3].any() and expected[0].any()
+
+
+def test_group_relative_advantages_equal_a_loop():
+    for divide in (True, False):
+        expected = np.zeros(GROUPS.shape)
+        for i, j in np.ndindex(GROUPS.shape):
+            known = np.float64(GROUPS[i, VALID[i]])
+            expected[i, j] = VALID[i, j] * (GROUPS[i, j] - known.mean()) / (known.std() + 1e-4 if divide else 1)
+        np.testing.assert_allclose(group_relative(GROUPS, VALID, divide), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_score_that_does_not_count_reaches_no_other():
+    other = np.where(VALID, GROUPS, np.float32(1e6))
+    for advantage in (leave_one_out, lambda *x: group_relative(*x, True)):
+        np.testing.assert_array_equal(advantage(other, VALID), advantage(GROUPS, VALID))
+
+
+def test_whitened_rewards_keep_their_mean():
+    x = np.random.default_rng(0).normal(2, 3, SHAPE).astype(np.float32)
+    mask = prefix_mask([6, 0, 2])
+    y = np.asarray(whiten(x, mask, shift_mean=False))
+    kept = x[mask].astype(np.float64)
+    np.testing.assert_allclose(y[mask], (kept - kept.mean()) / kept.std() + kept.mean(), rtol=1e-5)
+    assert not y[~mask].any()
+
+
+# Groups of four: all count, one does not, one alone does, none does.
+REWARDS = np.random.default_rng(1).normal(0, 2, (4, 4)).astype(np.float32)
+VALID = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+
+
+def test_leave_one_out_takes_the_mean_of_the_others_that_count():
+    def advantage(group, i):
+        others = [np.float64(REWARDS[group, j]) for j in range(4) if j != i and VALID[group, j]]
+        return REWARDS[group, i] - np.mean(others) if VALID[group, i] and others else 0.0
+
+    expected = [[advantage(group, i) for i in range(4)] for group in range(4)]
+    np.testing.assert_allclose(leave_one_out(REWARDS, VALID), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("divide_by_std", [True, False])
+def test_group_relative_takes_the_mean_of_all_that_count(divide_by_std):
+    def advantage(group, i):
+        members = np.float64(REWARDS[group][VALID[group]])
+        if not VALID[group, i]:
+            return 0.0
+        return (REWARDS[group, i] - members.mean()) / (members.std() + 1e-4 if divide_by_std else 1)
+
+    expected = [[advantage(group, i) for i in range(4)] for group in range(4)]
+    np.testing.assert_allclose(group_relative(REWARDS, VALID, divide_by_std), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [leave_one_out, lambda *x: group_relative(*x, True)])
+def test_what_does_not_count_can_not_move_the_others(advantage):
+    other = np.where(VALID, REWARDS, np.float32(1e6))
+    np.testing.assert_allclose(advantage(other, VALID), advantage(REWARDS, VALID), rtol=1e-5, atol=1e-6)
+
+
+def test_leave_one_out_is_the_group_mean_baseline_scaled_by_the_size_over_one_less():
+    every = np.ones_like(VALID)
+    np.testing.assert_allclose(leave_one_out(REWARDS, every), group_relative(REWARDS, every, False) * 4 / 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("advantage", [leave_one_out, lambda *x: group_relative(*x, True)])
+def test_replies_of_equal_reward_have_no_advantage(advantage):
+    assert not np.asarray(advantage(np.full((2, 4), 0.5, np.float32), VALID[:2])).any()

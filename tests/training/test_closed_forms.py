@@ -149,12 +149,12 @@ def train(problem, config, state, table):
         )
         sampled = _joined(prompts, mask, replies.samples, replies.ended, copies=config.group_size)
         scores = table[tuple(sampled.sequences.responses.T)]
-        rollout, control, _, metrics = make_rollout(
+        rollout, _, _, metrics = make_rollout(
             problem.language, problem.scalar, state, problem.reference, None, sampled, scores, config=config
         )
         state, _ = update(
-            state, rollout, control, problem.reference, None, key, model=problem.language, scalar_model=problem.scalar,
-            config=config, optimizer=optimizer, value_optimizer=optimizer,
+            state, rollout, state.control.kl_coef, problem.reference, None, key, model=problem.language,
+            scalar_model=problem.scalar, config=config, optimizer=optimizer, value_optimizer=optimizer,
         )  # fmt: skip
         return state, metrics["kl/sequence"]
 

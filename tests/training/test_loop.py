@@ -26,9 +26,38 @@ def next_step(state, step):
     return state, {"loss": state.params["total"][0], "tokens": 1}, lambda: [{"text": f"at {step}"}]
 
 
-def run(folder, steps=6, keep_best="", step_fn=next_step):
+def run(folder, steps=6, keep_best="", step_fn=next_step, max_skipped_updates=0):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init())
-    return train(folder, LoopConfig(steps, 2, keep_best), abstract, init, step_fn)
+    return train(folder, LoopConfig(steps, 2, keep_best, max_skipped_updates), abstract, init, step_fn)
+
+
+def diverging(at):
+    """Updates that are skipped from step `at` on."""
+
+    def step_fn(state, step):
+        state, metrics, samples = next_step(state, step)
+        skipped = max(step + 1 - at, 0)
+        loss = float("nan") if skipped else metrics["loss"]
+        return state, metrics | {"loss": loss, "skipped": int(skipped > 0), "skipped_updates": skipped}, samples
+
+    return step_fn
+
+
+def test_skipped_updates_are_logged_as_null_until_there_are_too_many(tmp_path, capfd):
+    folder = epath.Path(tmp_path) / "sft"
+    with pytest.raises(UserError, match=r"stopped at step 5: loss not finite; 3 updates.*last checkpoint is step 4"):
+        run(folder, steps=8, step_fn=diverging(3), max_skipped_updates=2)
+    logged = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert logged[3:] == [None, None] and None not in logged[:3]
+    assert capfd.readouterr().err.count("its update was skipped") == 2
+
+
+def test_a_metric_that_is_not_finite_without_a_skipped_update_stops_at_once(tmp_path):
+    def step_fn(state, step):
+        return state, {"loss": float("inf"), "tokens": 1}, lambda: []
+
+    with pytest.raises(UserError, match="stopped at step 0: loss not finite"):
+        run(epath.Path(tmp_path) / "sft", step_fn=step_fn, max_skipped_updates=5)
 
 
 def lines(folder, name):

@@ -68,10 +68,10 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(file):
 def test_a_stage_log_sorts_names_and_keeps_wall_clock_out_of_metrics(file):
     folder = file.parent / "sft"
     log = StageLog(folder, file.parent / "logs", 0)
-    log.write(0, {"tokens": 100.0, "loss": 1.5, "entropy": 2.0}, [{"prompt": "a", "response": "b"}], 0.25)
+    log.write(0, {"tokens": 100.0, "loss": 1.5, "entropy": None}, [{"prompt": "a", "response": "b"}], 0.25)
     log.close()
     text = (folder / "metrics.jsonl").read_text()
-    assert text == '{"step": 0, "entropy": 2.0, "loss": 1.5, "tokens": 100.0}\n'
+    assert text == '{"step": 0, "entropy": null, "loss": 1.5, "tokens": 100.0}\n'
     assert rows(folder / "timing.jsonl") == [{"step": 0, "time": 0.25, "tokens_per_second": 400.0}]
     assert rows(folder / "samples.jsonl") == [{"step": 0, "prompt": "a", "response": "b"}]
     assert list((file.parent / "logs" / "sft").iterdir())

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -10,8 +11,9 @@ from rlaif_jax.models.parameters import place_parameters
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.reward_model import Comparisons, reward_loss
-from rlaif_jax.stages.rl import RLState, Rollout, update
-from rlaif_jax.stages.sft import sft_loss
+from rlaif_jax.training.packed import sft_loss
+from rlaif_jax.training.policy_update import update
+from rlaif_jax.training.rollout import RLState, Rollout
 from rlaif_jax.training.state import init_state
 from rlaif_jax.training.step import train_step
 from tests.helpers import (
@@ -27,7 +29,6 @@ from tests.helpers import (
 CONFIG = tiny(hidden_size=64, intermediate_size=256, vocab_size=512, head_dim=16, num_key_value_heads=4)
 LANGUAGE, SCALAR = LanguageModel(CONFIG), ScalarModel(CONFIG)
 SEQUENCES = random_sequences(0, 8)
-MASK = SEQUENCES.response_mask
 RNG = np.random.default_rng(0)
 # With an eps this large an update is close to linear in the gradient, and rounding stays rounding in later ones.
 OPTIMIZER = optax.adamw(0.01, eps=1.0)
@@ -43,8 +44,8 @@ def loss_reward():
     return SCALAR, functools.partial(reward_loss, model=SCALAR), pairs
 
 
-def noise(scale):
-    return (RNG.normal(0, scale, MASK.shape) * MASK).astype(np.float32)
+def noise(scale, mask):
+    return (RNG.normal(0, scale, mask.shape) * mask).astype(np.float32)
 
 
 def assert_same_shardings(a, b):
@@ -71,9 +72,29 @@ def test_a_train_step_is_the_same_on_eight_devices_and_on_one(make):
     assert_trees_close(eight, one, rtol=1e-4, atol=1e-6)
 
 
-def test_ppo_updates_are_the_same_on_eight_devices_and_on_one():
-    config = rl_config()
-    rollout = Rollout(SEQUENCES, noise(0.2) - 6.2 * MASK, noise(1), noise(1), noise(1))  # log(1/512) is -6.2
+LOSS_KL = dataclasses.replace(rl_config().kl, placement="loss", estimator="full")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"advantage": "group", "group_size": 2, "kl": LOSS_KL}, marks=pytest.mark.slow)],
+)
+def test_policy_updates_are_the_same_on_eight_devices_and_on_one(changes):
+    config = rl_config(batch_size=16, **changes)
+    with_value = config.advantage == "gae"
+    mask = random_sequences(0, 16).response_mask
+    states = RNG.normal(0, 1, (*mask.shape, CONFIG.hidden_size)).astype(np.float32)
+    rollout = Rollout(
+        sequences=random_sequences(0, 16),
+        mask=mask,
+        old_logprobs=noise(0.2, mask) - 6.2 * mask,  # log(1/512) is -6.2
+        ref_logprobs=noise(0.2, mask) - 6.2 * mask,
+        ref_states=None if with_value else states,
+        importance=None,
+        advantages=noise(1, mask),
+        old_values=noise(1, mask) if with_value else None,
+        returns=noise(1, mask) if with_value else None,
+    )
     apply_update = functools.partial(
         update,
         model=LANGUAGE,
@@ -86,20 +107,24 @@ def test_ppo_updates_are_the_same_on_eight_devices_and_on_one():
 
     def run(placement):
         with jax.set_mesh(placement.mesh):
+            reference = place_parameters(LANGUAGE, random_params(LANGUAGE, seed=1), placement)
             policy, value = (
                 init_state(model, place_parameters(model, random_params(model), placement), OPTIMIZER, placement)
                 for model in (LANGUAGE, SCALAR)
             )
-            state = RLState(policy.step, policy.params, policy.opt_state, value)
+            kl_coef = jax.device_put(np.float32(config.kl.coef), placement.whole)
+            state = RLState(policy.step, policy.params, policy.opt_state, policy.skipped, value if with_value else None,
+                            None, None)  # fmt: skip
             shardings = jax.tree.map(lambda x: x.sharding, state)
-            state, metrics = apply_update(state, shard_batch(rollout, placement.mesh), jax.random.key(0))
+            placed = shard_batch(rollout, placement.mesh)
+            state, metrics = apply_update(state, placed, kl_coef, reference, None, jax.random.key(0))
         assert_same_shardings(state, shardings)
         return jax.device_get((state, metrics))
 
     eight, one = run(eight_devices()), run(one_device())
     assert one[0].step == config.minibatches
     assert one[1]["grad_norm"] > 0.1
-    assert one[1]["value/grad_norm"] > 0.1
+    assert not with_value or one[1]["value/grad_norm"] > 0.1
     assert_trees_close(eight, one, rtol=1e-4, atol=1e-6)
 
 

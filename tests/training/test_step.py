@@ -8,9 +8,9 @@ import pytest
 
 from rlaif_jax.data.packing import lay_out
 from rlaif_jax.models.transformer import LanguageModel
-from rlaif_jax.stages.sft import sft_loss
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.state import TrainState
+from rlaif_jax.training.packed import sft_loss
+from rlaif_jax.training.state import new_state
 from rlaif_jax.training.step import train_step
 from tests.helpers import assert_trees_close, full_logits, optimizer_config, random_params, tiny
 
@@ -20,13 +20,9 @@ SGD = optax.sgd(0.1)
 EXAMPLES = [([2, 3, 4], [5, 6, 1]), ([9], [8, 7, 6, 5, 1]), ([3, 3, 3, 3], [1]), ([10, 11], [12, 1])]
 
 
-def state_of(params, optimizer):
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
 @jax.jit
 def sft_step(batch):
-    state = state_of(random_params(MODEL), SGD)
+    state = new_state(random_params(MODEL), SGD)
     return train_step(state, batch, functools.partial(sft_loss, model=MODEL), SGD)
 
 
@@ -74,10 +70,10 @@ def test_loss_gradient_and_metrics_are_sums_over_weight():
 
     def loss(params, batch):
         error = batch[0] @ params["w"] - batch[1]
-        return jnp.sum(error**2), jnp.float32(len(error)), {"error": jnp.sum(error)}
+        return jnp.sum(error**2), jnp.float32(len(error)), {"error": (jnp.sum(error), jnp.float32(len(error)))}
 
     w = np.float32([0.5, -0.5])
-    state, metrics = train_step(state_of({"w": w}, SGD), (x, y), loss, SGD)
+    state, metrics = train_step(new_state({"w": w}, SGD), (x, y), loss, SGD)
     error, gradient = x @ w - y, 2 * x.T @ (x @ w - y) / 3
     np.testing.assert_allclose(state.params["w"], w - 0.1 * gradient, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], np.mean(error**2), rtol=1e-6)
@@ -118,3 +114,40 @@ def test_the_gradient_is_clipped_by_its_global_norm_before_adam_sees_it():
     _, state = jax.jit(lambda: optimizer.update(gradient, optimizer.init(params), params))()
     moments = optax.tree_utils.tree_get(state, "mu")
     np.testing.assert_allclose([*moments["a"], *moments["b"]], 0.1 * 0.5 / 2, rtol=1e-5)  # four equal entries
+
+
+def ragged_loss(params, batch):
+    """Two terms over weights of their own, and a metric."""
+    x, y, mask = batch
+    error = (x @ params["w"] - y) * mask
+    sums = {"squares": jnp.sum(error**2), "sizes": 0.5 * jnp.sum(jnp.abs(error))}
+    weights = {"squares": jnp.sum(mask), "sizes": jnp.float32(len(mask))}
+    return sums, weights, {"error": (jnp.sum(error), jnp.sum(mask))}
+
+
+def ragged_batch():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3, 2)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
+    return x, y, np.float32(np.arange(3) < rng.integers(0, 4, (8, 1)))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_micro_batches_add_up_to_the_whole_batch(parts):
+    batch, adam = ragged_batch(), optax.adam(0.1, eps=1.0)
+    state = new_state({"w": np.float32([0.5, -0.5])}, adam)
+    whole, apart = (train_step(state, batch, ragged_loss, adam, count) for count in (1, parts))
+    assert_trees_close(apart, whole, rtol=1e-5, atol=1e-7)
+    assert whole[1]["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
+    x, y, mask = ragged_batch()
+    adam = optax.adam(0.1)
+    state, _ = train_step(new_state({"w": np.float32([0.5, -0.5])}, adam), (x, y, mask), ragged_loss, adam)
+    y = np.where(mask > 0, bad, y).astype(np.float32)
+    after, metrics = train_step(state, (x, y, mask), ragged_loss, adam)
+    assert (after.skipped, after.step, metrics["skipped"], metrics["skipped_updates"]) == (1, 1, 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
+    again, metrics = train_step(after, ragged_batch(), ragged_loss, adam)
+    assert (again.step, metrics["skipped"], metrics["skipped_updates"]) == (2, 0, 1)
