@@ -142,3 +142,14 @@ def flip_a_byte(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def central_differences(function, x, step: float = 1e-6) -> np.ndarray:
+    """The gradient of a scalar function of a float64 array, entry by entry."""
+    x = np.asarray(x, np.float64)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        moved = np.zeros_like(x)
+        moved[index] = step
+        gradient[index] = (function(x + moved) - function(x - moved)) / (2 * step)
+    return gradient

@@ -67,8 +67,8 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 def whiten(x: jax.Array, mask: jax.Array, epsilon: float = 1e-8, shift_mean: bool = True) -> jax.Array:
     """x with variance 1 over the mask, zero outside it (Huang et al., arXiv 2403.17031: biased variance).
 
-    shift_mean: also with mean 0; rewards keep theirs.
+    shift_mean: False leaves the mean where it was, for rewards.
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return (x - (mean if shift_mean else 0.0)) * jax.lax.rsqrt(variance + epsilon) * mask
+    return ((x - mean) * jax.lax.rsqrt(variance + epsilon) + (0.0 if shift_mean else mean)) * mask
