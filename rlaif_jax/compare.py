@@ -6,7 +6,7 @@ from etils import epath
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.statistics import show_figure
-from rlaif_jax.files import read_json
+from rlaif_jax.files import read_json, read_json_lines
 from rlaif_jax.stages.folders import stage_folder
 
 
@@ -29,15 +29,26 @@ def table(runs: list[epath.Path]) -> str:
         file = stage_folder(run, "eval") / "results.json"
         if not file.exists():
             raise UserError(f"{file} is missing: run the eval stage first")
-        results.append(read_json(file))
-        if not isinstance(results[-1], dict) or not results[-1]:
+        found = read_json(file)
+        if not isinstance(found, dict) or not found:
             raise UserError(f"{file} has no figures: delete it and run the eval stage again")
+        results.append(found | _seconds(run))
     distinct = len({run.name for run in runs}) == len(runs)
     titles = [run.name if distinct else str(run) for run in runs]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(runs) + 1) + "|"]
     for name in dict.fromkeys(name for result in results for name in result):
         lines.append(f"| `{name}` | {' | '.join(_cell(result.get(name)) for result in results)} |")
     return "\n".join(lines)
+
+
+def _seconds(run: epath.Path) -> dict[str, str]:
+    """What the steps of each training stage took together, by the clock."""
+    files = {stage: stage_folder(run, stage) / "timing.jsonl" for stage in ("sft", "reward_model", "rl")}
+    return {
+        f"seconds/{stage}": f"{sum(line['time'] for line in read_json_lines(file)):.0f}"
+        for stage, file in files.items()
+        if file.exists()
+    }
 
 
 def _cell(figure) -> str:

@@ -424,6 +424,14 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
         raise UserError(f"config.rl.kl: estimator={rl.kl.estimator} with placement={rl.kl.placement}: {reason}")
     if rl.kl.coef > 1 and rl.kl.interpolate:
         raise UserError(f"config.rl.kl.coef={rl.kl.coef} must be at most 1 where rl.kl.interpolate=True")
+    if rl.kl.target:
+        _require(flat, "rl.kl.coef", "above 0 with rl.kl.target, for it is adapted by factors", lambda x: x > 0)
+        _require(flat, "rl.kl.horizon", f"at least rl.batch_size, {rl.batch_size}", lambda x: x >= rl.batch_size)
+        if rl.kl.interpolate:
+            raise UserError(
+                "config.rl.kl.target with rl.kl.interpolate=True: a coefficient that grows beyond 1 would turn the "
+                "score round; set one of them to 0 or False"
+            )
     if rl.advantage != "gae" and rl.group_size < 2:
         raise UserError(f"config.rl.advantage={rl.advantage} needs rl.group_size of 2 or more, to compare replies")
     if rl.loss == "reinforce" and rl.epochs * rl.minibatches > 1:

@@ -5,7 +5,9 @@ from rlaif_jax.config import check, check_decoder, parse
 from rlaif_jax.judge.prompts import load_template
 
 TASKS = {"tldr": tldr, "hh_helpful": hh_helpful, "hh_harmless": hh_harmless, "scitldr": scitldr}
-CONFIGS = [(quickstart, "default"), (quickstart, "smoke"), (smollm2, "default"), (smollm2, "smoke")]
+CONFIGS = [(module, f"{arm}{scale}") for module in (quickstart, smollm2) for arm in quickstart.ARMS for scale in (
+    "", ",smoke")]  # fmt: skip
+CONFIGS += [(tldr, f"{algorithm}{arm}") for algorithm in tasks.ALGORITHMS for arm in ("", ",drlaif", ",smoke")]
 CONFIGS += [
     (module, f"{arm}{scale}{source}")
     for module in TASKS.values()

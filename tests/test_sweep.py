@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs.sweeps import quickstart_kl
+from configs.sweeps import quickstart_algorithms, quickstart_kl
 from rlaif_jax import compare, main, sweep
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json, write_json
@@ -300,6 +300,13 @@ def test_a_cell_interrupted_in_the_middle_of_rl_ends_as_a_run_of_its_own(judge, 
     stages = cell(tmp_path, "high_0.5/seed1")["stages"]
     for stage, name in (("rl", "metrics.jsonl"), ("eval", "results.json")):
         assert (tmp_path / "own" / stage / name).read_text() == (tmp_path / "sweep" / stages[stage] / name).read_text()
+
+
+def test_the_sweep_of_algorithms_has_an_arm_for_each():
+    config = sweep.parse(quickstart_algorithms.get_config("smoke").to_dict(), sweep.SweepConfig)
+    assert config.arms["ppo"] == {} and config.baseline == "ppo"
+    assert config.arms["drlaif"]["stages"] == ("sft", "rl", "eval")
+    assert config.arms["grpo"] | {"rl.advantage": "group", "rl.kl.placement": "loss"} == config.arms["grpo"]
 
 
 def test_the_quickstart_sweep_is_valid():

@@ -64,7 +64,9 @@ def render(run: RunData) -> str:
         commands={name: _command(run, name) for name in _STAGE_TITLES},
         by_policy=_by_policy(run.results or {}),
         single=_single(run.results or {}),
-        curves=[(name, _STAGE_TITLES[name], _curves(name, run.metrics[name])) for name in _CURVES],
+        curves=[
+            (name, _STAGE_TITLES[name], _curves(name, run.metrics[name])) for name in _CURVES if name in run.planned
+        ],
         frontier=_frontier(run.metrics["rl"]),
         calibration=_calibration(run),
         audit=_audit(run),

@@ -83,14 +83,15 @@ def _check(name: str, config: LoopConfig, folder: epath.Path, step: int, saved: 
     bad = sorted(key for key, value in metrics.items() if not math.isfinite(value))
     skipped = sum(metrics.get(f"{part}skipped_updates", 0) for part in ("", "value/"))
     here = sum(metrics.get(f"{part}skipped", 0) for part in ("", "value/"))
+    what = ", ".join(bad) or "loss or gradient"  # means may be finite though some of their updates were not
     if skipped > config.max_skipped_updates or (bad and not here):
         raise UserError(
-            f"stage {name} stopped at step {step}: {', '.join(bad)} not finite; {skipped:.0f} updates were skipped for "
+            f"stage {name} stopped at step {step}: {what} not finite; {skipped:.0f} updates were skipped for "
             f"that (config.{name}.max_skipped_updates={config.max_skipped_updates}); the last checkpoint is step "
             f"{saved}. Lower config.{name}.optimizer.learning_rate, and use another --workdir or delete {folder}"
         )
-    for key in bad:
-        print(f"rlaif_jax: stage {name}, step {step}: {key} is not finite, its update was skipped", file=sys.stderr)
+    if here:
+        print(f"rlaif_jax: stage {name}, step {step}: {what} not finite, {here:.0f} skipped", file=sys.stderr)
     if config.keep_best and config.keep_best.split()[1] not in metrics:
         raise UserError(
             f"config.{name}.keep_best={config.keep_best!r} names no metric of the stage; they are "

@@ -53,7 +53,9 @@ def policy_loss(
 def _kl(params, reference, states, logprobs, rollout: Rollout, config: RLConfig) -> jax.Array:
     """The penalty of each token, [batch, length]; what is off the mask does not count."""
     if config.kl.estimator != "full":
-        return ESTIMATORS[config.kl.estimator](logprobs, rollout.ref_logprobs)
+        # Where nothing counts there must be nothing to overflow, or its gradient is not a number.
+        logprobs, ref_logprobs = (jnp.where(rollout.mask, x, 0.0) for x in (logprobs, rollout.ref_logprobs))
+        return ESTIMATORS[config.kl.estimator](logprobs, ref_logprobs)
     # The reference's states, not its logits, are what a rollout can afford to keep.
     matrices, temperature = (unembedding(params), unembedding(reference)), config.sampling.temperature
     return entropy_and_kl(states, matrices[0], rollout.ref_states, matrices[1], temperature)[1]
@@ -108,7 +110,10 @@ def update(
 
     state, metrics = jax.lax.scan(minibatch, state, (rows, demonstrations))
     # Of the minibatches whose update was made; where none was, there is no mean.
-    means = {name: jnp.nanmean(jnp.where(jnp.isfinite(x), x, jnp.nan)) for name, x in metrics.items()}
+    means = {}
+    for name, x in metrics.items():
+        made = metrics["value/skipped" if name.startswith("value/") else "skipped"] == 0
+        means[name] = jnp.nanmean(jnp.where(made, x, jnp.nan))
     for part in ("", "value/") if state.value is not None else ("",):
         means[part + "skipped"] = jnp.sum(metrics[part + "skipped"])
         means[part + "skipped_updates"] = metrics[part + "skipped_updates"][-1]

@@ -191,7 +191,7 @@ def test_a_seed_left_out_is_drawn_printed_saved_and_kept(finished, tmp_path, cap
 def test_an_rl_iteration_moves_nothing_to_or_from_the_device_but_its_prompts(finished, monkeypatch):
     guarded = []
 
-    def first_two_steps(folder, loop, abstract, init, next_step):
+    def first_two_steps(folder, loop, abstract, init, next_step, watch):
         state, _, _ = next_step(init(), 0)  # compiles
         with jax.transfer_guard("disallow"):
             state, metrics, _ = next_step(state, 1)

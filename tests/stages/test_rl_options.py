@@ -119,6 +119,9 @@ def test_every_algorithm_runs_as_a_stage(judge, sft, tmp_path, algorithm):
 BAD = {
     "no gradient": (["kl.placement=loss"], ["k1 is zero", "use k2, k3 or full"]),
     "not a KL": (["kl.estimator=k3"], ["reward must be the log-ratio"]),
+    "adapted through 1": (["kl.target=1.0", "kl.interpolate=True"], ["interpolate=True", "turn the score"]),
+    "adapted too fast": (["kl.target=1.0", "kl.horizon=8.0"], ["rl.kl.horizon=8.0", "at least rl.batch_size, 16"]),
+    "nothing to adapt": (["kl.target=1.0", "kl.coef=0.0"], ["rl.kl.coef=0.0", "above 0"]),
     "alone": (["advantage=group"], ["group_size", "compare"]),
     "reused": (["loss=reinforce"], ["rl.loss=reinforce", "epochs=1"]),
     "nothing to learn": (["rewards.verifier=0.0"], ["no part with a weight"]),

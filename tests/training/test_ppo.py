@@ -261,3 +261,20 @@ def test_running_moments_are_those_of_all_scores_so_far_and_the_references_of_th
         ours, reference = normalise(scores, valid, reference, "reference")
         np.testing.assert_allclose(ours, (scores - seen[0].mean()) / seen[0].std(), rtol=1e-4, atol=1e-4)
         assert np.array_equal(normalise(scores, valid, running, "none")[0], scores)
+
+
+def test_metrics_are_means_of_the_minibatches_whose_update_was_made(state, rolled_out):
+    rollout, _, _ = rolled_out
+    broken = rollout.replace(advantages=rollout.advantages.at[0].set(np.nan))
+    _, metrics = run_update(state, broken, jax.random.key(0))
+    assert (metrics["skipped"], metrics["skipped_updates"], metrics["value/skipped"]) == (1, 1, 0)
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_a_response_without_a_score_may_be_as_far_from_the_reference_as_it_likes(state, sampled):
+    kl = dataclasses.replace(CONFIG.kl, placement="loss", estimator="k3")
+    config = rl_config(batch_size=16, kl=kl)
+    rollout, _, _ = roll_out(state, sampled, config=config)
+    far = rollout.replace(mask=rollout.mask.at[0].set(False), ref_logprobs=rollout.ref_logprobs.at[0].set(200.0))
+    value, gradient = jax.value_and_grad(lambda params: policy_sums(params, far, config=config)[0])(state.params)
+    assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))

@@ -13,7 +13,7 @@ from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.reward_model import Comparisons, reward_loss
 from rlaif_jax.training.packed import sft_loss
 from rlaif_jax.training.policy_update import update
-from rlaif_jax.training.rollout import RLState, Rollout
+from rlaif_jax.training.rollout import RLState, Rollout, Sampled, initial_control, make_rollout
 from rlaif_jax.training.state import init_state
 from rlaif_jax.training.step import train_step
 from tests.helpers import (
@@ -126,6 +126,29 @@ def test_policy_updates_are_the_same_on_eight_devices_and_on_one(changes):
     assert one[1]["grad_norm"] > 0.1
     assert not with_value or one[1]["value/grad_norm"] > 0.1
     assert_trees_close(eight, one, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_are_compared_on_eight_devices_as_on_one():
+    config = rl_config(batch_size=16, advantage="leave_one_out", group_size=2, whiten_advantages=False)
+    sequences, scores = random_sequences(0, 16), RNG.normal(0, 1, 16).astype(np.float32)
+    scores[3] = np.nan
+    sampled = Sampled(sequences, -6.2 * sequences.response_mask.astype(np.float32), np.ones(16, bool))
+
+    def run(placement):
+        with jax.set_mesh(placement.mesh):
+            reference, params = (
+                place_parameters(LANGUAGE, random_params(LANGUAGE, seed), placement) for seed in (1, 0)
+            )
+            policy = init_state(LANGUAGE, params, OPTIMIZER, placement)
+            control = jax.device_put(initial_control(config), placement.whole)
+            state = RLState(policy.step, policy.params, policy.opt_state, policy.skipped, None, control, None)
+            placed = shard_batch((sampled, scores), placement.mesh)
+            return jax.device_get(make_rollout(LANGUAGE, SCALAR, state, reference, None, *placed, config=config))
+
+    eight, one = run(eight_devices()), run(one_device())
+    assert_trees_close(eight, one, rtol=1e-4, atol=1e-5)
+    assert not one[0].advantages[2:4].any()  # a group with one score compares nothing
+    assert one[0].advantages[:2].any()
 
 
 @pytest.mark.parametrize("model", [LANGUAGE, SCALAR])
