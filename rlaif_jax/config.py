@@ -295,6 +295,9 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
 STAGES = ("sft", "label", "reward_model", "rl", "eval")
 
 
+_NEEDS = {"label": "sft", "reward_model": "label", "rl": "sft", "eval": "rl"}  # whose results a stage reads
+
+
 def _in_order(names: tuple[str, ...]) -> bool:
     return bool(names) and list(names) == sorted(set(names) & set(STAGES), key=STAGES.index)
 
@@ -383,6 +386,9 @@ def check(config: Config, devices: int) -> None:
         parts = getattr(config, name).micro_batches * devices
         _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (
             x % parts == 0))  # fmt: skip  # noqa: B023
+    for name in config.stages:
+        if name in _NEEDS and _NEEDS[name] not in config.stages:
+            raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
     _check_rl(config, flat, devices)
     needed = config.reward_model.batch_size + config.reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (

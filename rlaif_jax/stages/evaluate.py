@@ -157,9 +157,11 @@ def _agreement(run: Run, samples: dict, judged: list[dict], mean: Mean) -> dict[
 
 
 def _is_training_judge(run: Run, judged: dict) -> bool:
-    """Whether the weights and the prompt that evaluate have made labels, or the weights have given rewards."""
+    """Whether the weights that evaluate have made labels or given rewards."""
+    if run.config.rl.rewards.judge:
+        return True
     if "label" not in run.config.stages:
-        return bool(run.config.rl.rewards.judge)
+        return False
     label = read_parquet(run.folder("label") / "preferences.parquet").slice(0, 1).to_pylist()[0]
     return all(judged[name] == label[name] for name in ("judge", "judge_hash"))
 

@@ -131,6 +131,7 @@ BAD = {
     "pattern": (["rewards.format=1.0", "rewards.format_pattern=("], ["format_pattern='('", "malformed"]),
     "no reward model": (["rewards.reward_model=1.0"], ["needs the stage reward_model"]),
     "unscored": ([f"rewards.verifier_function={__name__}:nothing"], ["100.0% of the responses have no score"]),
+    "unscored by rule": (["rewards.max_unscored_rate=2.0"], ["max_unscored_rate=2.0", "from 0 to 1"]),
     "uneven groups": (["group_size=3"], ["rl.batch_size=16", "rl.group_size x devices"]),
 }
 
@@ -142,6 +143,11 @@ def test_what_can_not_be_trained_is_one_clear_line(judge, sft, tmp_path, capfd, 
     assert main(flags(judge, sft, tmp_path / "run", *options, "--stages=rl")) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
     assert len(error) == 1 and all(word in error[0] for word in words), error
+
+
+def test_a_stage_without_the_one_that_it_reads_is_refused(judge, tmp_path, capfd):
+    assert main(["main", *tiny_run_flags(judge, tmp_path), "--config.stages=('sft','reward_model')"]) == 2
+    assert "reward_model needs label" in capfd.readouterr().err
 
 
 def test_alarms_are_said_once(judge, sft, tmp_path, capfd):
