@@ -1,7 +1,8 @@
 import pytest
 
 from configs import hh_harmless, hh_helpful, quickstart, scitldr, smollm2, tasks, tldr
-from rlaif_jax.config import check, check_decoder, parse
+from rlaif_jax.config import parse
+from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.judge.prompts import load_template
 
 TASKS = {"tldr": tldr, "hh_helpful": hh_helpful, "hh_harmless": hh_harmless, "scitldr": scitldr}

@@ -16,7 +16,8 @@ import numpy as np
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.config import Config, check, check_decoder, flatten
+from rlaif_jax.config import Config, flatten
+from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, read_parquet

@@ -1,0 +1,217 @@
+"""Whether a config's values are in range and fit together, all of it before any work."""
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlaif_jax.config import Config, flatten
+from rlaif_jax.data.layouts import LAYOUTS
+from rlaif_jax.data.sources import KINDS
+from rlaif_jax.errors import UserError
+from rlaif_jax.judge.prompts import METHODS
+from rlaif_jax.losses.kl import why_wrong
+from rlaif_jax.losses.policy import AGGREGATIONS
+from rlaif_jax.models.attention import IMPLEMENTATIONS
+from rlaif_jax.models.transformer import ModelConfig
+from rlaif_jax.parallel.mesh import RULES
+from rlaif_jax.training.optimizer import SCHEDULES
+
+STAGES = ("sft", "label", "reward_model", "rl", "eval")
+
+
+_NEEDS = {"label": "sft", "reward_model": "label", "rl": "sft", "eval": "rl"}  # whose results a stage reads
+
+
+def _in_order(names: tuple[str, ...]) -> bool:
+    return bool(names) and list(names) == sorted(set(names) & set(STAGES), key=STAGES.index)
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_CACHE_DTYPES = (*_DTYPES, "int8")
+# Patterns of fields, what their values must be, and the test of it.
+_RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
+    (
+        "label.pairs *.teacher.demonstrations rl.sampling.temperature *.bootstrap_samples *.slots *.refill *.chunk",
+        "positive",
+        lambda x: x > 0,
+    ),
+    (
+        "data.embedded.train_prompts *.demonstrations_per_prompt *.evaluation_combinations sft.row_length",
+        "positive",
+        lambda x: x > 0,
+    ),
+    (
+        "policy.max_*_length *.commit_every judge.shard_size judge.batch_tokens judge.pairs_per_tree",
+        "positive",
+        lambda x: x > 0,
+    ),
+    ("*.buckets *.prompt_buckets *.bucket_multiple *.max_new_tokens *.samples", "positive", lambda x: x > 0),
+    ("*.temperature *.top_k", "0 or more", lambda x: x >= 0),
+    ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
+    (
+        "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots",
+        "0 or more",
+        lambda x: x >= 0,
+    ),
+    ("*.min_evidence *.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
+    (
+        "rl.kl.coef rl.kl.target rl.clip* rl.dual_clip rl.importance_cap rl.ptx_* rl.alarms.*",
+        "0 or more",
+        lambda x: x >= 0,
+    ),
+    ("*.max_skipped_updates rl.rewards.clip rl.rewards.length_limit", "0 or more", lambda x: x >= 0),
+    ("*.micro_batches rl.group_size rl.kl.horizon", "positive", lambda x: x > 0),
+    ("rl.rollout_lag", "0 or 1", lambda x: x in (0, 1)),
+    ("rl.kl.placement", "reward or loss", lambda x: x in ("reward", "loss")),
+    ("rl.kl.estimator", "k1, k2, k3 or full", lambda x: x in ("k1", "k2", "k3", "full")),
+    ("rl.advantage", "gae, leave_one_out or group", lambda x: x in ("gae", "leave_one_out", "group")),
+    ("rl.loss", "clipped or reinforce", lambda x: x in ("clipped", "reinforce")),
+    ("rl.aggregation", f"one of {', '.join(AGGREGATIONS)}", lambda x: x in AGGREGATIONS),
+    ("rl.value_init", "reward_model or sft", lambda x: x in ("reward_model", "sft")),
+    ("rl.rewards.normalise", "none, running or reference", lambda x: x in ("none", "running", "reference")),
+    (
+        "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate *.noise_rate rl.gamma rl.gae_lambda "
+        "rl.rewards.max_unscored_rate "
+        "*.min_p *.b1 *.b2",
+        "from 0 to 1",
+        lambda x: 0 <= x <= 1,
+    ),
+    ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
+    ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
+    ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
+    ("data.layout", f"one of {', '.join(LAYOUTS)}", lambda x: x in LAYOUTS),
+    ("data.*.kind", f"one of {', '.join(map(repr, KINDS))}", lambda x: x in KINDS),
+    ("sampler.slots", "2 or more, the candidates of a pair", lambda x: x >= 2),
+    ("sft.teacher.prompt", "a text with {prompt} in it", lambda x: "{prompt}" in x),
+    ("label.source", "ai, human or both", lambda x: x in ("ai", "human", "both")),
+    ("preferences.order", "both, forward or reversed", lambda x: x in ("both", "forward", "reversed")),
+    ("judge.prompt.method rl.rewards.judge_prompt.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
+    ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
+    ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
+    ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
+    ("*.cache_dtype", f'"" or one of {", ".join(_CACHE_DTYPES)}', lambda x: x in ("", *_CACHE_DTYPES)),
+    ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
+)
+_BATCHES = "*.batch_size *.slots"
+
+
+def check(config: Config, devices: int) -> None:
+    """Raises UserError for values that are out of range or contradict each other, before any work is done.
+
+    devices: over how many a batch is split.
+    """
+    flat = flatten(config)
+    for patterns, what, holds in _RANGES:
+        _require(flat, patterns, what, holds)
+    devices_message = f"a positive multiple of the {devices} devices of the batch"
+    _require(flat, _BATCHES, devices_message, lambda x: x > 0 and x % devices == 0)
+    for name in ("sft", "reward_model"):
+        parts = getattr(config, name).micro_batches * devices
+        _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (
+            x % parts == 0))  # fmt: skip  # noqa: B023
+    for name in config.stages:
+        if name in _NEEDS and _NEEDS[name] not in config.stages:
+            raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
+    _check_rl(config, flat, devices)
+    needed = config.reward_model.batch_size + config.reward_model.validation_pairs
+    _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
+        x >= needed))  # fmt: skip
+    longest = config.policy.max_prompt_length + config.policy.max_response_length
+    _require(flat, "sft.row_length", f"at least max_prompt_length + max_response_length of the policy, {longest}", (
+        lambda x: x >= longest))  # fmt: skip
+    needed_sets = ["demonstrations", "train_prompts", "evaluation_prompts"]
+    needed_sets += ["comparisons"] if config.label.source != "ai" or config.label.audit_pairs else []
+    for name in needed_sets:
+        _require(flat, f"data.{name}.kind", "set", bool)
+    if config.preferences.calibrate and not config.label.audit_pairs:
+        raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
+    if config.preferences.order != "both" and config.judge.prompt.method == "rating":
+        raise UserError("config.preferences.order must be both where judge.prompt.method=rating: there are no orders")
+    rationale = config.judge.rationale
+    if rationale.samples > 1 and rationale.sampling.temperature == 0:
+        raise UserError(
+            f"config.judge.rationale.samples={rationale.samples} would all be the same at "
+            "judge.rationale.sampling.temperature=0"
+        )
+    if config.judge.rationale.samples > config.judge.rationale.sampler.slots:
+        raise UserError(
+            f"config.judge.rationale.samples={config.judge.rationale.samples} must be at most its sampler.slots, "
+            f"{config.judge.rationale.sampler.slots}"
+        )
+    if config.reward_model.calibrate and not config.reward_model.validation_pairs:
+        raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
+
+
+def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
+    rl, stages = config.rl, config.stages
+    parts = rl.minibatches * rl.micro_batches * devices
+    _require(flat, "rl.batch_size", f"a multiple of rl.minibatches x rl.micro_batches x devices, {parts}", lambda x: (
+        x % parts == 0))  # fmt: skip
+    prompts = rl.group_size * devices
+    _require(flat, "rl.batch_size", f"a multiple of rl.group_size x devices, {prompts}", lambda x: x % prompts == 0)
+    if reason := why_wrong(rl.kl.placement, rl.kl.estimator):
+        raise UserError(f"config.rl.kl: estimator={rl.kl.estimator} with placement={rl.kl.placement}: {reason}")
+    if rl.kl.coef > 1 and rl.kl.interpolate:
+        raise UserError(f"config.rl.kl.coef={rl.kl.coef} must be at most 1 where rl.kl.interpolate=True")
+    if rl.kl.target:
+        _require(flat, "rl.kl.coef", "above 0 with rl.kl.target, for it is adapted by factors", lambda x: x > 0)
+        _require(flat, "rl.kl.horizon", f"at least rl.batch_size, {rl.batch_size}", lambda x: x >= rl.batch_size)
+        if rl.kl.interpolate:
+            raise UserError(
+                "config.rl.kl.target with rl.kl.interpolate=True: a coefficient that grows beyond 1 would turn the "
+                "score round; set one of them to 0 or False"
+            )
+    if rl.advantage != "gae" and rl.group_size < 2:
+        raise UserError(f"config.rl.advantage={rl.advantage} needs rl.group_size of 2 or more, to compare replies")
+    if rl.loss == "reinforce" and rl.epochs * rl.minibatches > 1:
+        raise UserError(
+            "config.rl.loss=reinforce is right for one update on each rollout: set rl.epochs=1 and rl.minibatches=1, "
+            "or take rl.loss=clipped"
+        )
+    if rl.ptx_coef:
+        rows = rl.micro_batches * devices
+        _require(flat, "rl.ptx_rows", f"a positive multiple of rl.micro_batches x devices, {rows}, with rl.ptx_coef", (
+            lambda x: x > 0 and x % rows == 0))  # fmt: skip
+    rewards = rl.rewards
+    if "rl" in stages and not any((rewards.reward_model, rewards.judge, rewards.verifier, rewards.length, (
+            rewards.format))):  # fmt: skip
+        raise UserError("config.rl.rewards has no part with a weight, so there is nothing to learn")
+    if "rl" in stages and "reward_model" not in stages:
+        if rewards.reward_model:
+            raise UserError("config.rl.rewards.reward_model needs the stage reward_model in config.stages")
+        if rl.advantage == "gae" and rl.value_init == "reward_model":
+            raise UserError("config.rl.value_init=reward_model needs the stage reward_model in config.stages")
+    if rewards.judge and (rewards.judge_prompt.method != "rating" or rewards.judge_prompt.chain_of_thought):
+        raise UserError(
+            "config.rl.rewards.judge needs rl.rewards.judge_prompt.method=rating without chain_of_thought: each "
+            "response is rated by itself"
+        )
+    if rewards.verifier and not rewards.verifier_function:
+        raise UserError("config.rl.rewards.verifier needs rl.rewards.verifier_function")
+    try:
+        re.compile(rewards.format_pattern)
+    except re.error as error:
+        raise UserError(f"config.rl.rewards.format_pattern={rewards.format_pattern!r} is malformed: {error}") from error
+
+
+def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:
+    """Raises UserError for a decoder that can't be built, or that is too short for what it is to read (in tokens)."""
+    flat = {f"policy.model.{name}": value for name, value in dataclasses.asdict(model).items()}
+    sizes = " ".join(name for name, value in flat.items() if type(value) in (int, float))
+    _require(flat, sizes, "positive", lambda x: x > 0)
+    kv_heads = model.num_key_value_heads
+    _require(flat, "*.num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", lambda x: (
+        x % kv_heads == 0))  # fmt: skip
+    _require(flat, "*.head_dim", "even", lambda x: x % 2 == 0)
+    _require(flat, "*.max_position_embeddings", f"at least max_prompt_length + max_response_length of the policy, "
+             f"{prompt_and_response}", lambda x: x >= prompt_and_response)  # fmt: skip
+
+
+def _require(flat: Mapping[str, Any], patterns: str, what: str, holds: Callable[[Any], bool]) -> None:
+    for pattern in patterns.split():
+        for name in fnmatch.filter(flat, pattern):
+            if not holds(flat[name]):
+                raise UserError(f"config.{name}={flat[name]!r} must be {what}")
