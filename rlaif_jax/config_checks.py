@@ -58,10 +58,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("*.min_evidence *.learning_rate *.warmup_steps *.weight_decay *.eps", "0 or more", lambda x: x >= 0),
     (
-        "rl.kl.coef rl.kl.target rl.clip* rl.dual_clip rl.importance_cap rl.ptx_* rl.alarms.*",
+        "rl.kl.coef rl.kl.target rl.clip_high rl.clip_value rl.importance_cap rl.ptx_* rl.alarms.*",
         "0 or more",
         lambda x: x >= 0,
     ),
+    ("rl.dual_clip", "0 (none) or above 1", lambda x: x == 0 or x > 1),
     ("*.max_skipped_updates rl.rewards.clip rl.rewards.length_limit", "0 or more", lambda x: x >= 0),
     ("*.micro_batches rl.group_size rl.kl.horizon", "positive", lambda x: x > 0),
     ("rl.rollout_lag", "0 or 1", lambda x: x in (0, 1)),
@@ -74,11 +75,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("rl.rewards.normalise", "none, running or reference", lambda x: x in ("none", "running", "reference")),
     (
         "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate *.noise_rate rl.gamma rl.gae_lambda "
-        "rl.rewards.max_unscored_rate "
-        "*.min_p *.b1 *.b2",
+        "rl.clip_low *.min_p *.b1 *.b2",
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
+    ("rl.rewards.max_unscored_rate", "from 0 to below 1", lambda x: 0 <= x < 1),
     ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
     ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
     ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
@@ -181,16 +182,29 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
         raise UserError("config.rl.rewards has no part with a weight, so there is nothing to learn")
     if "rl" in stages and "reward_model" not in stages:
         if rewards.reward_model:
-            raise UserError("config.rl.rewards.reward_model needs the stage reward_model in config.stages")
+            raise UserError("config.rl.rewards.reward_model needs the stage reward_model in config.stages, or to be 0")
         if rl.advantage == "gae" and rl.value_init == "reward_model":
-            raise UserError("config.rl.value_init=reward_model needs the stage reward_model in config.stages")
+            raise UserError(
+                "config.rl.value_init=reward_model needs the stage reward_model in config.stages; without it set "
+                "rl.value_init=sft"
+            )
     if rewards.judge and (rewards.judge_prompt.method != "rating" or rewards.judge_prompt.chain_of_thought):
         raise UserError(
             "config.rl.rewards.judge needs rl.rewards.judge_prompt.method=rating without chain_of_thought: each "
             "response is rated by itself"
         )
-    if rewards.verifier and not rewards.verifier_function:
-        raise UserError("config.rl.rewards.verifier needs rl.rewards.verifier_function")
+    truth = config.data.evaluation_prompts.kind == "embedded"
+    if rewards.verifier and rewards.verifier_function == "ground_truth" and not truth:
+        raise UserError(
+            "config.rl.rewards.verifier_function=ground_truth: only embedded data has a ground truth; name a "
+            "module:function of yours"
+        )
+    if rewards.format and not rewards.format_pattern:
+        raise UserError("config.rl.rewards.format needs rl.rewards.format_pattern, a regular expression")
+    longest = config.policy.max_response_length - 1
+    if rewards.length:
+        _require(flat, "rl.rewards.length_limit", f"at most {longest}, or no response (policy.max_response_length) is "
+                 "beyond it", lambda x: x <= longest)  # fmt: skip
     try:
         re.compile(rewards.format_pattern)
     except re.error as error:

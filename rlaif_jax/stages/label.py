@@ -80,7 +80,10 @@ def _human_audit(run: Run, judge: Judge) -> dict:
 
 def _sample_candidates(run: Run, shards: epath.Path) -> pa.Table:
     """Two responses to each of `label.pairs` training prompts, drawn in shuffled epochs, and whether each ended."""
-    config, drawn = run.config.label, shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("label"))
+    config, drawn = (
+        run.config.label,
+        shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("label"), "label"),
+    )
     prompts = [drawn[i][0] for i in range(config.pairs)]
     params = run.trained_params("sft", run.language_model())
     replies = keep_replies(run, params, prompts, 2, run.key("candidates"), config.sampling, shards, config.commit_every)

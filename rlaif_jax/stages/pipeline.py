@@ -17,6 +17,7 @@ from rlaif_jax.stages.reward_model import run_reward_model
 from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.sft import run_sft
+from rlaif_jax.stages.verifier import find_verifier
 
 STAGES: dict[str, Callable[[Run], bool | None]] = {
     "sft": run_sft,
@@ -64,6 +65,9 @@ def plan(run: Run, names: list[str]) -> list[str]:
     for name in names:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
+    rewards = run.config.rl.rewards
+    if "rl" in names and rewards.verifier and rewards.verifier_function != "ground_truth":
+        find_verifier(rewards.verifier_function)
     if not names:
         raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
     for name in order[: 1 + max(map(order.index, names))]:

@@ -51,7 +51,7 @@ def run_reward_model(run: Run) -> None:
     table = read_preferences(run)
     comparisons = _encode(run, table)
     trained = range(len(comparisons.prob_a) - config.validation_pairs)
-    batches = shuffled_batches(trained, config.batch_size, run.order_seed("reward_model"))
+    batches = shuffled_batches(trained, config.batch_size, run.order_seed("reward_model"), "reward_model.batch_size")
     model = run.scalar_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(reward_loss, model=model)

@@ -1,18 +1,14 @@
 """The parts of a reward that need the text of a response: the judge's rating, a verifier, a format, a length."""
 
 import dataclasses
-import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from rlaif_jax.errors import UserError
 from rlaif_jax.judge.score import Judge, load_judge, rate
 from rlaif_jax.stages.run import Run
-
-# (prompts, responses) -> one number a response; None or NaN where there is none to be had.
-Verifier = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
+from rlaif_jax.stages.verifier import Verifier, find_verifier, verified
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +37,7 @@ class TextRewards:
         if self.judge:
             parts["judge"] = config.judge, rate(self.judge, prompts, responses)
         if self.verifier:
-            parts["verifier"] = config.verifier, _verified(self.verifier, prompts, responses, config.verifier_function)
+            parts["verifier"] = config.verifier, verified(self.verifier, prompts, responses, config.verifier_function)
         if config.format:
             matches = [re.fullmatch(config.format_pattern, text, re.DOTALL) is not None for text in responses]
             parts["format"] = config.format, np.array(matches, float)
@@ -58,25 +54,11 @@ def load_rewards(run: Run) -> TextRewards:
     if rewards.judge:
         config = dataclasses.replace(run.config.judge, prompt=rewards.judge_prompt)
         judge = load_judge(config, run.config.seed, run.placement)
-    return TextRewards(run, judge, _find(run, rewards.verifier_function) if rewards.verifier else None)
+    return TextRewards(run, judge, _verifier(run) if rewards.verifier else None)
 
 
-def _find(run: Run, name: str) -> Verifier:
-    if name == "ground_truth":
-        truth = run.ground_truth()
-        if truth is None:
-            raise UserError("config.rl.rewards.verifier_function=ground_truth: only embedded data has a ground truth")
-        return lambda prompts, responses: list(map(truth.is_good, prompts, responses))
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"config.rl.rewards.verifier_function={name!r} must be module:function ({error})") from error
-
-
-def _verified(verifier: Verifier, prompts, responses, name: str) -> np.ndarray:
-    values = list(verifier(prompts, responses))
-    if len(values) != len(responses):
-        raise UserError(f"config.rl.rewards.verifier_function={name} returned {len(values)} numbers for "
-                        f"{len(responses)} responses")  # fmt: skip
-    return np.array([np.nan if value is None else value for value in values], float)
+def _verifier(run: Run) -> Verifier:
+    if run.config.rl.rewards.verifier_function != "ground_truth":
+        return find_verifier(run.config.rl.rewards.verifier_function)
+    truth = run.ground_truth()
+    return lambda prompts, responses: list(map(truth.is_good, prompts, responses))

@@ -109,7 +109,9 @@ class _Rollouts:
         lengths, sampler = self._mask.sum(axis=1), run.config.sampler
         self._lengths, self._buckets = lengths, length_buckets(lengths, sampler.prompt_buckets, sampler.bucket_multiple)
         count = config.batch_size // config.group_size
-        self._batches = shuffled_batches(range(len(self._texts)), count, run.order_seed("rl"))
+        self._batches = shuffled_batches(
+            range(len(self._texts)), count, run.order_seed("rl"), "rl.batch_size / group_size"
+        )
         self._stopping = make_stopping(run.tokenizer())
 
     def prompts(self, step: int) -> list[str]:
@@ -151,19 +153,22 @@ class _Watch:
 
     def __init__(self, run: Run):
         self._config, self._said = run.config.rl, set()
+        rewards = self._config.rewards
+        parts = {"the reward model": rewards.reward_model, "the judge": rewards.judge}
+        parts[f"the verifier {rewards.verifier_function}"] = rewards.verifier
+        self._scorers = " or ".join(part for part, weight in parts.items() if weight)
 
     def __call__(self, step: int, metrics: dict) -> None:
-        for name, text in alarms(metrics, self._config.alarms).items():
-            if name not in self._said:
-                print(f"rlaif_jax: alarm at rl step {step}: {text}", file=sys.stderr, flush=True)
-                self._said.add(name)
         unscored, limit = metrics["reward/unscored"], self._config.rewards.max_unscored_rate
         if unscored > limit:
             raise UserError(
                 f"stage rl stopped at step {step}: {unscored:.1%} of the responses have no score, more than "
-                f"config.rl.rewards.max_unscored_rate={limit:g}: see what the judge or the verifier makes of "
-                f"rl/samples.jsonl"
+                f"config.rl.rewards.max_unscored_rate={limit:g}: see what {self._scorers} makes of rl/samples.jsonl"
             )
+        for name, text in alarms(metrics, self._config.alarms).items():
+            if name not in self._said:
+                print(f"rlaif_jax: alarm at rl step {step}: {text}", file=sys.stderr, flush=True)
+                self._said.add(name)
 
 
 def _value_params(run: Run, reference) -> dict:
@@ -180,7 +185,7 @@ def _demonstrations(run: Run):
         return lambda step: None
     rows = demonstration_rows(run)
     count = config.ptx_rows * config.epochs * config.minibatches
-    batches = shuffled_batches(range(len(rows)), count, run.order_seed("ptx"))
+    batches = shuffled_batches(range(len(rows)), count, run.order_seed("ptx"), "rl.ptx_rows x epochs x minibatches")
 
     def batch(step: int) -> PackedRows:
         return shard_batch(lay_out([rows[row] for row in batches[step]], sft.row_length), run.placement.mesh)

@@ -166,11 +166,11 @@ def _environment() -> dict:
     }
 
 
-def shuffled_batches(source: Sequence, batch_size: int, seed: int) -> grain.MapDataset:
+def shuffled_batches(source: Sequence, batch_size: int, seed: int, what: str) -> grain.MapDataset:
     """Batches of `source` without end, reshuffled each epoch. Batch `i` is a function of i and the seed alone.
 
-    Raises UserError where the source is smaller than a batch.
+    Raises UserError where the source is smaller than a batch, `what` being the fields that set its size.
     """
     if len(source) < batch_size:
-        raise UserError(f"{len(source)} examples are fewer than a batch of {batch_size}")
+        raise UserError(f"config.{what} makes a batch of {batch_size}, more than the {len(source)} examples there are")
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)

@@ -30,7 +30,7 @@ def run_sft(run: Run) -> None:
     if not any(folder.glob("checkpoints/*")):  # at the start; afterwards the data stays as it is
         _prepare_data(run)
     rows = demonstration_rows(run)
-    batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed("sft"))
+    batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed("sft"), "sft.batch_size")
 
     model = run.language_model()
     optimizer = make_optimizer(config.optimizer, config.steps)

@@ -42,6 +42,26 @@ def nothing(prompts, responses):
     return [None for _ in responses]
 
 
+def failing(prompts, responses):
+    yield 1 / 0
+
+
+def words(prompts, responses):
+    return ["good" for _ in responses]
+
+
+def one(prompts, responses):
+    return 1.0
+
+
+def huge(prompts, responses):
+    return [10**400 for _ in responses]
+
+
+def few(prompts, responses):
+    return [1.0]
+
+
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     return write_judge(tmp_path_factory.mktemp("judge") / "judge.gguf")
@@ -126,12 +146,26 @@ BAD = {
     "reused": (["loss=reinforce"], ["rl.loss=reinforce", "epochs=1"]),
     "nothing to learn": (["rewards.verifier=0.0"], ["no part with a weight"]),
     "no such function": (["rewards.verifier_function=json:nowhere"], ["verifier_function='json:nowhere'", "nowhere"]),
-    "no module": (["rewards.verifier_function=nowhere"], ["must be module:function"]),
+    "no function": (["rewards.verifier_function=nowhere"], ["must be ground_truth or module:function"]),
+    "no module": (["rewards.verifier_function=nowhere:score"], ["No module named 'nowhere'", "PYTHONPATH"]),
+    "not a function": (["rewards.verifier_function=json:__doc__"], ["has no function __doc__"]),
+    "verifier fails": ([f"rewards.verifier_function={__name__}:failing"], ["failing", "ZeroDivisionError", ".py:"]),
+    "words": ([f"rewards.verifier_function={__name__}:words"], ["returned 'good' for response 0"]),
+    "one number": ([f"rewards.verifier_function={__name__}:one"], ["one", "TypeError"]),
+    "too large": ([f"rewards.verifier_function={__name__}:huge"], ["returned 1000", "for response 0"]),
+    "too few": ([f"rewards.verifier_function={__name__}:few"], ["returned 1 numbers for 16"]),
+    "any format": (["rewards.format=1.0"], ["needs rl.rewards.format_pattern"]),
+    "any length": (["rewards.length=1.0", "rewards.length_limit=99"], ["length_limit=99", "at most"]),
+    "value network of nothing": (["value_init=reward_model"], ["rl.value_init=sft"]),
+    "demonstrations": (["ptx_coef=1.0", "ptx_rows=4000"], ["rl.ptx_rows x epochs x minibatches"]),
+    "prompts": (["batch_size=80000"], ["rl.batch_size / group_size", "80000"]),
+    "dual clip": (["dual_clip=0.5"], ["rl.dual_clip=0.5", "above 1"]),
+    "ratio below 0": (["clip_low=1.5"], ["rl.clip_low=1.5"]),
     "pairwise rating": (["rewards.judge=1.0", "rewards.judge_prompt.method=pairwise"], ["method=rating"]),
     "pattern": (["rewards.format=1.0", "rewards.format_pattern=("], ["format_pattern='('", "malformed"]),
     "no reward model": (["rewards.reward_model=1.0"], ["needs the stage reward_model"]),
     "unscored": ([f"rewards.verifier_function={__name__}:nothing"], ["100.0% of the responses have no score"]),
-    "unscored by rule": (["rewards.max_unscored_rate=2.0"], ["max_unscored_rate=2.0", "from 0 to 1"]),
+    "unscored by rule": (["rewards.max_unscored_rate=2.0"], ["max_unscored_rate=2.0", "from 0 to below 1"]),
     "uneven groups": (["group_size=3"], ["rl.batch_size=16", "rl.group_size x devices"]),
 }
 
@@ -148,6 +182,18 @@ def test_what_can_not_be_trained_is_one_clear_line(judge, sft, tmp_path, capfd, 
 def test_a_stage_without_the_one_that_it_reads_is_refused(judge, tmp_path, capfd):
     assert main(["main", *tiny_run_flags(judge, tmp_path), "--config.stages=('sft','reward_model')"]) == 2
     assert "reward_model needs label" in capfd.readouterr().err
+
+
+def test_only_embedded_data_has_a_ground_truth(judge, sft, tmp_path, capfd):
+    options = ("--config.rl.rewards.verifier_function=ground_truth", "--config.data.evaluation_prompts.kind=jsonl")
+    assert main(flags(judge, sft, tmp_path / "run", *options, "--stages=rl")) == 2
+    assert "only embedded data has a ground truth" in capfd.readouterr().err
+
+
+def test_a_verifier_is_found_before_any_stage_begins(judge, tmp_path, capfd):
+    options = ("--config.rl.rewards.verifier_function=nowhere:score",)
+    assert main(["main", *tiny_run_flags(judge, tmp_path / "run"), *DIRECT, VERIFIED, *options]) == 2
+    assert "nowhere" in capfd.readouterr().err and not (tmp_path / "run" / "sft").exists()
 
 
 def test_alarms_are_said_once(judge, sft, tmp_path, capfd):
