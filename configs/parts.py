@@ -51,6 +51,18 @@ def rl_losses(config: config_dict.ConfigDict, algorithm: str) -> None:
         raise ValueError(f"unknown algorithm {algorithm!r}")
 
 
+def preference_losses(config: config_dict.ConfigDict, loss: str, online: bool) -> None:
+    """The policy learns from pairs, without a reward model: dpo (Rafailov et al., arXiv 2305.18290), ipo (Azar et al.,
+    2310.12036) or slic (Zhao et al., 2305.10425); online as Guo et al. (2402.04792), whose labels are hard.
+    """
+    config.preference.update(loss=loss, online=online)
+    if online:
+        config.stages = ("sft", "preference", "eval")
+        config.preferences.hard = True
+    else:
+        config.stages = ("sft", "label", "preference", "eval")
+
+
 def direct_rlaif(config: config_dict.ConfigDict, template: str) -> None:
     """The judge's rating of each response is the reward: no labels, no reward model (arXiv 2309.00267, 2.2.2)."""
     config.stages = ("sft", "rl", "eval")

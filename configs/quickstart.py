@@ -7,15 +7,39 @@ the result with where it started.
     python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Arms, one or more words with commas between them: default, which is ppo; reinforce, rloo, grpo (other algorithms on the
-same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); smoke (the same judge on a
-fraction of the data, to see that everything runs).
+same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); dpo, ipo, slic (the policy
+learns from the labels, no reward model); online_dpo (from pairs of the live policy, judged at once); best_of_n (it is
+tuned on the best of n of its own replies); smoke (the same judge on a fraction of the data, to see that all runs).
 """
 
 from ml_collections import config_dict
 
-from configs.parts import direct_rlaif, embedded_corpus, group, optimizer, rl_losses, sampling, source, teacher
+from configs.parts import (
+    direct_rlaif,
+    embedded_corpus,
+    group,
+    optimizer,
+    preference_losses,
+    rl_losses,
+    sampling,
+    source,
+    teacher,
+)
 
-ARMS = ("default", "smoke", "ppo", "reinforce", "rloo", "grpo", "drlaif")
+ARMS = (
+    "default",
+    "smoke",
+    "ppo",
+    "reinforce",
+    "rloo",
+    "grpo",
+    "drlaif",
+    "dpo",
+    "ipo",
+    "slic",
+    "online_dpo",
+    "best_of_n",
+)
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
@@ -122,6 +146,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         order="both",
         hard=False,  # True: labels of 0 or 1
         calibrate=False,  # True: with the temperature that fits human choices
+        smoothing=0.0,  # of labels towards 1/2
         noise_rate=0.0,  # share of labels that are turned round
     )
     config.reward_model = group(
@@ -206,6 +231,34 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         optimizer=optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
         value_optimizer=optimizer(learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
     )
+    config.preference = group(
+        steps=150,
+        batch_size=16,  # pairs
+        micro_batches=1,
+        max_skipped_updates=3,
+        checkpoint_every=50,
+        keep_best="",
+        samples_every=10,
+        online=False,
+        sampling=sampling(temperature=1.0),
+        loss="dpo",
+        beta=0.1,
+        length_normalise=False,
+        optimizer=optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=10, weight_decay=0.0),
+    )
+    config.best_of_n = group(
+        prompts=192,
+        samples=8,  # replies to each
+        sampling=sampling(temperature=1.0),
+        commit_every=256,
+        steps=60,
+        batch_size=8,  # rows
+        micro_batches=1,
+        max_skipped_updates=3,
+        checkpoint_every=30,
+        keep_best="",
+        optimizer=optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=5, weight_decay=0.0),
+    )
     config.evaluation = group(
         sampling=sampling(temperature=1.0),
         commit_every=64,
@@ -228,4 +281,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.rl.optimizer.learning_rate = config.rl.value_optimizer.learning_rate = 1e-3
     if "drlaif" in words:
         direct_rlaif(config, "everyday_requests")
+    for loss in ("dpo", "ipo", "slic"):
+        if {loss, f"online_{loss}"} & set(words):
+            preference_losses(config, loss, f"online_{loss}" in words)
+    if "best_of_n" in words:
+        config.stages = ("sft", "label", "reward_model", "best_of_n", "eval")
     return config

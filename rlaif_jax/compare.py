@@ -5,6 +5,7 @@ import sys
 from etils import epath
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_json_lines
 from rlaif_jax.stages.folders import stage_folder
@@ -43,7 +44,7 @@ def table(runs: list[epath.Path]) -> str:
 
 def _seconds(run: epath.Path) -> dict[str, str]:
     """What the steps of each training stage took together, by the clock."""
-    files = {stage: stage_folder(run, stage) / "timing.jsonl" for stage in ("sft", "reward_model", "rl")}
+    files = {stage: stage_folder(run, stage) / "timing.jsonl" for stage in ("sft", "reward_model", *POLICY_STAGES)}
     return {
         f"seconds/{stage}": f"{sum(line['time'] for line in read_json_lines(file)):.0f}"
         for stage, file in files.items()

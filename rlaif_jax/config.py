@@ -12,6 +12,7 @@ from typing import Any
 
 from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.names import policy_stage
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import JudgeConfig
 from rlaif_jax.models.transformer import ModelConfig
@@ -80,6 +81,7 @@ class PreferencesConfig:
     order: str  # "both" is the mean of both orders; "forward" or "reversed" one of them alone
     hard: bool  # 0 or 1, whichever is nearer
     calibrate: bool  # divide the log-odds of AI labels by the temperature that fits people's choices best
+    smoothing: float  # a label p becomes (1 - smoothing) p + smoothing (1 - p); with hard labels conservative DPO
     noise_rate: float  # share of labels that are turned round
 
 
@@ -181,6 +183,42 @@ class RLConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """The policy learns from pairs without a reward model: DPO, IPO or SLiC."""
+
+    steps: int
+    batch_size: int  # pairs
+    micro_batches: int  # as in sft
+    max_skipped_updates: int  # as in sft
+    checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
+    samples_every: int  # steps between entries of samples.jsonl, where pairs are made online
+    online: bool  # pairs of the live policy, judged at once (OAIF); False: those of the stage label
+    sampling: SamplingConfig  # of pairs made online; its temperature is also that of every log-prob
+    loss: str  # "dpo", "ipo" or "slic"
+    beta: float
+    length_normalise: bool  # log-ratios a token, not a response
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfNConfig:
+    """Rejection sampling: the best of n replies to a prompt, by `rl.rewards`, is what the policy is tuned on."""
+
+    prompts: int  # training prompts
+    samples: int  # n
+    sampling: SamplingConfig
+    commit_every: int  # replies written down at a time
+    steps: int
+    batch_size: int  # rows, as in sft
+    micro_batches: int  # as in sft
+    max_skipped_updates: int  # as in sft
+    checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation on held-out prompts."""
 
@@ -207,7 +245,14 @@ class Config:
     preferences: PreferencesConfig
     reward_model: RewardModelConfig
     rl: RLConfig
+    preference: PreferenceConfig
+    best_of_n: BestOfNConfig
     evaluation: EvaluationConfig
+
+    @property
+    def policy_stage(self) -> str:
+        """The stage that trains the policy which is evaluated."""
+        return policy_stage(self.stages)
 
 
 def parse(values: Mapping[str, Any], schema: type = Config, path: str = "config") -> Any:

@@ -10,18 +10,19 @@ from rlaif_jax.config import Config, flatten
 from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.judge.prompts import METHODS
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
+from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
 from rlaif_jax.models.attention import IMPLEMENTATIONS
 from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import RULES
 from rlaif_jax.training.optimizer import SCHEDULES
 
-STAGES = ("sft", "label", "reward_model", "rl", "eval")
-
-
-_NEEDS = {"label": "sft", "reward_model": "label", "rl": "sft", "eval": "rl"}  # whose results a stage reads
+STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval")
+# Whose results a stage reads, besides what depends on other fields.
+_NEEDS = {"label": "sft", "reward_model": "label", "best_of_n": "sft", "preference": "sft", "rl": "sft", "eval": "sft"}
 
 
 def _in_order(names: tuple[str, ...]) -> bool:
@@ -64,7 +65,11 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("rl.dual_clip", "0 (none) or above 1", lambda x: x == 0 or x > 1),
     ("*.max_skipped_updates rl.rewards.clip rl.rewards.length_limit", "0 or more", lambda x: x >= 0),
-    ("*.micro_batches rl.group_size rl.kl.horizon", "positive", lambda x: x > 0),
+    ("*.micro_batches rl.group_size rl.kl.horizon preference.beta best_of_n.prompts", "positive", lambda x: x > 0),
+    ("best_of_n.samples", "2 or more, to choose from", lambda x: x >= 2),
+    ("preference.loss", f"one of {', '.join(PREFERENCE_LOSSES)}", lambda x: x in PREFERENCE_LOSSES),
+    ("preference.sampling.temperature", "positive", lambda x: x > 0),
+    ("preferences.smoothing", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
     ("rl.rollout_lag", "0 or 1", lambda x: x in (0, 1)),
     ("rl.kl.placement", "reward or loss", lambda x: x in ("reward", "loss")),
     ("rl.kl.estimator", "k1, k2, k3 or full", lambda x: x in ("k1", "k2", "k3", "full")),
@@ -109,13 +114,14 @@ def check(config: Config, devices: int) -> None:
         _require(flat, patterns, what, holds)
     devices_message = f"a positive multiple of the {devices} devices of the batch"
     _require(flat, _BATCHES, devices_message, lambda x: x > 0 and x % devices == 0)
-    for name in ("sft", "reward_model"):
+    for name in ("sft", "reward_model", "best_of_n", "preference"):
         parts = getattr(config, name).micro_batches * devices
         _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (
             x % parts == 0))  # fmt: skip  # noqa: B023
     for name in config.stages:
         if name in _NEEDS and _NEEDS[name] not in config.stages:
             raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
+    _check_policy_stages(config)
     _check_rl(config, flat, devices)
     needed = config.reward_model.batch_size + config.reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
@@ -144,6 +150,23 @@ def check(config: Config, devices: int) -> None:
         )
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
+
+
+def _check_policy_stages(config: Config) -> None:
+    stages, preference = config.stages, config.preference
+    trained = [stage for stage in stages if stage in POLICY_STAGES]
+    if len(trained) > 1:
+        raise UserError(f"config.stages={','.join(stages)}: only one of {', '.join(trained)} can train the policy")
+    if "eval" in stages and not trained:
+        raise UserError(f"config.stages={','.join(stages)}: eval needs one of {', '.join(POLICY_STAGES)}")
+    if "preference" not in stages:
+        return
+    if not preference.online and "label" not in stages:
+        raise UserError("config.stages: preference needs label, or preference.online=True")
+    if preference.online and config.preferences.calibrate:
+        raise UserError(
+            "config.preferences.calibrate=True is for the stage label: set it to False with preference.online"
+        )
 
 
 def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
@@ -177,13 +200,14 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
         _require(flat, "rl.ptx_rows", f"a positive multiple of rl.micro_batches x devices, {rows}, with rl.ptx_coef", (
             lambda x: x > 0 and x % rows == 0))  # fmt: skip
     rewards = rl.rewards
-    if "rl" in stages and not any((rewards.reward_model, rewards.judge, rewards.verifier, rewards.length, (
+    rewarded = {"rl", "best_of_n"} & set(stages)
+    if rewarded and not any((rewards.reward_model, rewards.judge, rewards.verifier, rewards.length, (
             rewards.format))):  # fmt: skip
         raise UserError("config.rl.rewards has no part with a weight, so there is nothing to learn")
-    if "rl" in stages and "reward_model" not in stages:
+    if rewarded and "reward_model" not in stages:
         if rewards.reward_model:
             raise UserError("config.rl.rewards.reward_model needs the stage reward_model in config.stages, or to be 0")
-        if rl.advantage == "gae" and rl.value_init == "reward_model":
+        if "rl" in stages and rl.advantage == "gae" and rl.value_init == "reward_model":
             raise UserError(
                 "config.rl.value_init=reward_model needs the stage reward_model in config.stages; without it set "
                 "rl.value_init=sft"

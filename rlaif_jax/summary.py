@@ -4,7 +4,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
+from rlaif_jax.config import flatten
+from rlaif_jax.evaluation.names import BY_POLICY, SINGLE, by_role, title
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.prompts import Pair
@@ -15,30 +16,31 @@ from rlaif_jax.stages.run import Run
 def print_summary(run: Run) -> None:
     """The table of results and `evaluation.shown_samples` replies side by side."""
     console = _console()
-    results = read_json(run.folder("eval") / "results.json")
+    results = by_role(read_json(run.folder("eval") / "results.json"), run.config.policy_stage)
+    policy = title(flatten(run.config))
     table = Table(title=f"{escape(str(run.workdir))}: mean [95 % interval]", title_justify="left")
-    for column, justify in (("", "left"), ("SFT", "right"), ("RL", "right"), ("n", "right")):
+    for column, justify in (("", "left"), ("SFT", "right"), (policy, "right"), ("n", "right")):
         table.add_column(column, justify=justify)
     for label, name in BY_POLICY:
         if f"{name}/sft" not in results:  # real data has no ground truth
             continue
-        sft, rl = results[f"{name}/sft"], results[f"{name}/rl"]
-        table.add_row(label, show_figure(sft), show_figure(rl), str(rl["n"]))
+        sft, trained = results[f"{name}/sft"], results[f"{name}/policy"]
+        table.add_row(label, show_figure(sft), show_figure(trained), str(trained["n"]))
     table.add_section()
     for label, name in SINGLE:
         if name not in results:
             continue
-        table.add_row(label, "", show_figure(results[name]), str(results[name]["n"]))
+        table.add_row(label.format(title=policy), "", show_figure(results[name]), str(results[name]["n"]))
     console.print(table)
     if results["judge_is_training_judge"]:
         console.print("The judge that evaluates is the judge that labelled or rewarded.")
-    _print_samples(console, run)
+    _print_samples(console, run, policy)
 
 
-def _print_samples(console: Console, run: Run) -> None:
+def _print_samples(console: Console, run: Run, policy: str) -> None:
     rows = read_parquet(run.folder("eval") / "preferences.parquet").to_pylist()
     table = Table(title="Held-out prompts", title_justify="left", show_lines=True)
-    for column in ("prompt", "SFT", "RL", "P(RL better)"):
+    for column in ("prompt", "SFT", policy, f"P({policy} better)"):
         table.add_column(column)
     for row in rows[: run.config.evaluation.shown_samples]:
         probability = "-" if row["prob_a"] is None else f"{row['prob_a']:.2f}"

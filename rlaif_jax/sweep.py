@@ -10,6 +10,7 @@ from etils import epath
 from rlaif_jax.commands import open_folder, parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError, room_in
+from rlaif_jax.evaluation.names import by_role
 from rlaif_jax.evaluation.sweep_table import Values, markdown, to_csv
 from rlaif_jax.files import read_json, write_json, write_text
 from rlaif_jax.stages.cells import Cell, SweepConfig, make_cells, run_cells
@@ -57,6 +58,7 @@ def _values(name: str, arms: Sequence[str], cells: Sequence[Cell]) -> Values:
     values: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     for cell in cells:
         results = read_json(_results(cell))
+        results = results | by_role(results, cell.run.config.policy_stage)
         if not isinstance(results.get(name), dict):
             known = [figure for figure, value in results.items() if isinstance(value, dict)]
             near = difflib.get_close_matches(name, known, n=1)

@@ -1,6 +1,15 @@
-"""What the figures of `eval/results.json` are called where people read them, in the order of reading."""
+"""What the figures of `eval/results.json` are called where people read them, in the order of reading.
 
-# Printed in this order; a row shows the SFT policy beside the RL policy.
+The trained policy goes by its stage there ("win_rate/policy_vs_sft"); for reading, `by_role` calls it "policy".
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+POLICY_STAGES = ("best_of_n", "preference", "rl")  # each trains the policy that is evaluated
+
+# Printed in this order; a row shows the SFT policy beside the trained one.
 BY_POLICY = (
     ("good replies (ground truth)", "ground_truth_good"),
     ("  on new combinations", "ground_truth_good_new_combinations"),
@@ -13,13 +22,32 @@ BY_POLICY = (
     ("most common reply", "most_common_reply"),
 )
 SINGLE = (
-    ("judged win rate, RL over SFT", "win_rate/rl_vs_sft"),
-    ("  on new combinations", "win_rate_new_combinations/rl_vs_sft"),
-    ("  on unseen templates", "win_rate_unseen_templates/rl_vs_sft"),
-    ("KL of RL from SFT, nats a reply", "kl/rl_vs_sft"),
+    ("judged win rate, {title} over SFT", "win_rate/policy_vs_sft"),
+    ("  on new combinations", "win_rate_new_combinations/policy_vs_sft"),
+    ("  on unseen templates", "win_rate_unseen_templates/policy_vs_sft"),
+    ("KL of {title} from SFT, nats a reply", "kl/policy_vs_sft"),
     ("judge agrees with ground truth", "judge_agreement/ground_truth"),
     ("reward model agrees with ground truth", "reward_model_accuracy/ground_truth"),
     ("judge agrees with people", "judge_agreement/human"),
     ("reward model agrees with people", "reward_model_accuracy/human"),
     ("reward model agrees with judge", "reward_model_accuracy/judge"),
 )
+
+
+def policy_stage(stages: tuple[str, ...] | list[str]) -> str:
+    """The stage that trains the policy which is evaluated; "rl" where none does."""
+    return next((stage for stage in stages if stage in POLICY_STAGES), "rl")
+
+
+def title(config: Mapping[str, Any]) -> str:
+    """What a run's trained policy is called: RL, DPO, online DPO ... `config`: dotted names and values."""
+    stage = policy_stage(config.get("stages", ()))
+    if stage != "preference":
+        return {"rl": "RL", "best_of_n": "best-of-n"}[stage]
+    loss = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC"}.get(config.get("preference.loss"), "preference")
+    return f"online {loss}" if config.get("preference.online") else loss
+
+
+def by_role(names: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Figures or columns with the policy that `stage` trained called "policy"."""
+    return {re.sub(rf"(^|/){stage}(?=$|_vs_sft$)", r"\1policy", name): value for name, value in names.items()}

@@ -157,6 +157,12 @@ def plan_judging(judge: Judge, pairs: Sequence[Pair]) -> Plan:
     return Plan(buckets, questions * sum(map(len, judge.choices)))
 
 
+def live_plan(judge: Judge) -> Plan:
+    """Shapes that do not depend on a job, for pairs that come a few at a time, as those of a policy in training."""
+    questions = 2 * judge.config.pairs_per_tree * len(judge.template.questions)
+    return Plan(_ladder(judge.config), questions * sum(map(len, judge.choices)))
+
+
 def judge_pairs(
     judge: Judge,
     pairs: Sequence[Pair],
@@ -276,7 +282,7 @@ def rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.n
 
 
 def _ladder(config: JudgeConfig) -> list[int]:
-    """Padded lengths that do not depend on a job, for ratings that come in small jobs: each at most half as long again
+    """Padded lengths that do not depend on a job, for small jobs: each at most half as long again
     as the one before."""
     lengths = [config.bucket_multiple]
     while lengths[-1] < config.max_length:

@@ -27,10 +27,11 @@ class Check:
 def run_checks(run: RunData) -> list[Check]:
     """All checks, in the order of reading; those of stages that the config has not are left out."""
     results = run.results or {}
-    checks = [_independence(results), _diversity(results), _repetition(results), _length(results)]
+    checks = [_independence(results), *(
+        check(results, run.title) for check in (_diversity, _repetition, _length))]  # fmt: skip
     if "reward_model" in run.planned:
         checks.append(_reward_model(run.normalisation, bool(run.config.get("reward_model.calibrate"))))
-    checks += [_training(run), _judge(run)]
+    checks += [*([_training(run)] if "rl" in run.planned else []), _judge(run)]
     if "label" in run.planned:
         checks.append(_failures("Labels", run.label_manifest, run))
     return [*checks, _failures("Evaluation pairs", run.eval_manifest, run)]
@@ -47,40 +48,41 @@ def _independence(results: dict) -> Check:
 
 
 def _both(results: dict, name: str) -> tuple[float, float] | None:
-    figures = [results.get(f"{name}/{policy}") for policy in ("sft", "rl")]
+    figures = [results.get(f"{name}/{policy}") for policy in ("sft", "policy")]
     means = [figure["mean"] if figure else None for figure in figures]
     return None if None in means else tuple(means)
 
 
-def _diversity(results: dict) -> Check:
+def _diversity(results: dict, title: str) -> Check:
     means = _both(results, "distinct_2")
     if means is None or means[0] == 0:
         return Check("Diversity", "open", "Not measured yet.")
     ratio = means[1] / means[0]
-    text = f"RL replies keep {percent(ratio)} of the SFT replies' distinct bigrams (alarm below {percent(DIVERSITY)})."
+    limit = percent(DIVERSITY)
+    text = f"{title} replies keep {percent(ratio)} of the SFT replies' distinct bigrams (alarm below {limit})."
     return Check("Diversity", "alarm" if ratio < DIVERSITY else "ok", text)
 
 
-def _repetition(results: dict) -> Check:
-    figure, name = results.get("most_common_reply/rl"), "Repetition"
+def _repetition(results: dict, title: str) -> Check:
+    figure, name = results.get("most_common_reply/policy"), "Repetition"
     if not figure or figure["mean"] is None:
         return Check(name, "open", "Not measured yet.")
     prompts = round(figure["mean"] * figure["n"])
     if prompts < 2:  # with few prompts even a reply given once has a large share
-        return Check(name, "ok", "No RL reply is given twice.")
+        return Check(name, "ok", f"No {title} reply is given twice.")
     share, limit = percent(figure["mean"]), percent(REPETITION)
-    text = f"The most common RL reply answers {prompts} of {figure['n']} prompts, {share} (alarm above {limit})."
+    text = f"The most common {title} reply answers {prompts} of {figure['n']} prompts, {share} (alarm above {limit})."
     return Check(name, "alarm" if figure["mean"] > REPETITION else "ok", text)
 
 
-def _length(results: dict) -> Check:
+def _length(results: dict, title: str) -> Check:
     means = _both(results, "response_length")
     if means is None or min(means) <= 0:
         return Check("Length", "open", "Not measured yet.")
     ratio = means[1] / means[0]
     change = percent(abs(ratio - 1)) + (" longer" if ratio > 1 else " shorter")
     tokens = f"{number(means[1])} tokens against {number(means[0])}"
-    text = f"RL replies are {change} than SFT replies, {tokens} (alarm beyond a factor of {LENGTH})."
+    text = f"{title} replies are {change} than SFT replies, {tokens} (alarm beyond a factor of {LENGTH})."
     return Check("Length", "alarm" if not 1 / LENGTH <= ratio <= LENGTH else "ok", text)
 
 

@@ -25,6 +25,8 @@ _STAGE_TITLES = {
     "sft": "SFT",
     "label": "Labels",
     "reward_model": "Reward model",
+    "best_of_n": "Best-of-n",
+    "preference": "Preference optimisation",
     "rl": "RL",
     "eval": "Evaluation",
 }
@@ -32,6 +34,15 @@ _STAGE_TITLES = {
 _CURVES = {
     "sft": (("loss", None),),
     "reward_model": (("loss", math.log(2)), ("accuracy", 0.5), ("margin", None)),
+    "best_of_n": (("loss", None),),
+    "preference": (
+        ("loss", None),
+        ("rewards/accuracies", 0.5),
+        ("rewards/margins", None),
+        ("rewards/chosen", None),
+        ("rewards/rejected", None),
+        ("unscored", None),
+    ),
     "rl": (
         ("reward/mean", None),
         ("kl/sequence", None),
@@ -63,7 +74,7 @@ def render(run: RunData) -> str:
         stages=[(name, _STAGE_TITLES[name], run.stages[name], _progress(run, name)) for name in run.planned],
         commands={name: _command(run, name) for name in _STAGE_TITLES},
         by_policy=_by_policy(run.results or {}),
-        single=_single(run.results or {}),
+        single=_single(run.results or {}, run.title),
         curves=[
             (name, _STAGE_TITLES[name], _curves(name, run.metrics[name])) for name in _CURVES if name in run.planned
         ],
@@ -111,29 +122,29 @@ def _is_share(name: str) -> bool:
 def _by_policy(results: dict) -> list[dict]:
     """A row a figure that both policies have; ones without a name for people come last, under their own."""
     known = dict((name, label) for label, name in BY_POLICY)
-    found = [name.removesuffix("/rl") for name in results if name.endswith("/rl")]
+    found = [name.removesuffix("/policy") for name in results if name.endswith("/policy")]
     names = [name for name in known if name in found] + [name for name in found if name not in known]
     rows = []
     for name in names:
-        sft, rl = results.get(f"{name}/sft"), results[f"{name}/rl"]
-        if sft and None not in (sft["mean"], rl["mean"]):
-            label, change = known.get(name, name), difference(rl, sft)
+        sft, trained = results.get(f"{name}/sft"), results[f"{name}/policy"]
+        if sft and None not in (sft["mean"], trained["mean"]):
+            label, change = known.get(name, name), difference(trained, sft)
             low, high = change["ci95"]
             rows.append({
                 "label": label.strip(),
                 "part": label.startswith(" "),
                 "sft": figure_cell(_is_share(name), sft),
-                "rl": figure_cell(_is_share(name), rl),
+                "policy": figure_cell(_is_share(name), trained),
                 "change": _change(name, change, sft["mean"]),
                 "excludes_zero": low > 0 or high < 0,
-                "n": rl["n"],
+                "n": trained["n"],
             })  # fmt: skip
     return rows
 
 
-def _single(results: dict) -> list[dict]:
-    known = dict((name, label) for label, name in SINGLE)
-    paired = {f"{name}/{policy}" for name in _paired(results) for policy in ("sft", "rl")}
+def _single(results: dict, title: str) -> list[dict]:
+    known = dict((name, label.format(title=title)) for label, name in SINGLE)
+    paired = {f"{name}/{policy}" for name in _paired(results) for policy in ("sft", "policy")}
     found = [name for name, figure in results.items() if isinstance(figure, dict) and name not in paired]
     names = [name for name in known if name in found] + [name for name in found if name not in known]
     return [
@@ -148,7 +159,7 @@ def _single(results: dict) -> list[dict]:
 
 
 def _paired(results: dict) -> set[str]:
-    return {name.removesuffix("/rl") for name in results if name.endswith("/rl")}
+    return {name.removesuffix("/policy") for name in results if name.endswith("/policy")}
 
 
 def _series(lines: list[dict], *names: str) -> list[tuple[float, ...]]:

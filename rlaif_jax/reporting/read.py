@@ -7,16 +7,25 @@ from etils import epath
 
 from rlaif_jax.data import embedded
 from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.names import by_role, policy_stage, title
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import cell_stages
 
-STAGES = ("sft", "label", "reward_model", "rl", "eval")  # those of stages/pipeline.py, without importing JAX
+STAGES = (
+    "sft",
+    "label",
+    "reward_model",
+    "best_of_n",
+    "preference",
+    "rl",
+    "eval",
+)  # those of stages/pipeline.py, without importing JAX
 
 # Whether a reply to a prompt is good; None for a prompt that the ground truth does not know.
 GroundTruth = Callable[[str, str], bool | None]
 
 _PAIR = ("prompt", "response_a", "response_b", "status", "prob_a", "prob_a_forward", "prob_a_reversed")
-_SAMPLE = ("prompt", *(f"{column}{name}" for name in ("sft", "rl") for column in ("", "length/")))
+_SAMPLE = ("prompt", *(f"{column}{name}" for name in ("sft", "policy") for column in ("", "length/")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +41,8 @@ class RunData:
     label_manifest: dict | None
     audit: dict | None
     normalisation: dict | None  # of the reward model
-    samples: list[dict] | None  # eval/samples.parquet
-    judged: list[dict] | None  # eval/preferences.parquet: RL is a, SFT is b
+    samples: list[dict] | None  # eval/samples.parquet, with the trained policy called "policy", as in `results`
+    judged: list[dict] | None  # eval/preferences.parquet: the trained policy is a, SFT is b
     eval_manifest: dict | None
     results: dict | None
     ground_truth: GroundTruth | None
@@ -42,6 +51,16 @@ class RunData:
     def planned(self) -> tuple[str, ...]:
         """The stages that the config has."""
         return tuple(self.config.get("stages", STAGES))
+
+    @property
+    def policy_stage(self) -> str:
+        """The stage that trains the policy which is evaluated."""
+        return policy_stage(self.planned)
+
+    @property
+    def title(self) -> str:
+        """What the trained policy is called."""
+        return title(self.config)
 
     @property
     def people_labelled(self) -> bool:
@@ -65,8 +84,10 @@ def read_run(workdir: epath.Path) -> RunData:
     folders = {stage: shared.get(stage, workdir / stage) for stage in STAGES}
     label, evaluation = folders["label"], folders["eval"]
     record = _object(workdir / "config.json", config=dict)
-    labels, samples = _rows(label / "preferences.parquet", _PAIR), _rows(evaluation / "samples.parquet", _SAMPLE)
+    policy = policy_stage(record["config"].get("stages", STAGES[-2:]))
+    labels, samples = _rows(label / "preferences.parquet", _PAIR), _samples(evaluation / "samples.parquet", policy)
     results = _figures(evaluation / "results.json")
+    results = None if results is None else by_role(results, policy)
     judged = _rows(evaluation / "preferences.parquet", _PAIR)
     if samples and judged and [row["prompt"] for row in samples] != [row["prompt"] for row in judged]:
         raise UserError(f"{evaluation} is damaged: samples.parquet and preferences.parquet hold other prompts")
@@ -75,7 +96,7 @@ def read_run(workdir: epath.Path) -> RunData:
         name=workdir.name or str(workdir),
         record=record,
         stages={stage: _state(folder) for stage, folder in folders.items()},
-        metrics={stage: _lines(folders[stage] / "metrics.jsonl") for stage in ("sft", "reward_model", "rl")},
+        metrics={stage: _lines(folders[stage] / "metrics.jsonl") for stage in STAGES if stage not in ("label", "eval")},
         labels=labels,
         label_manifest=_object(label / "manifest.json", rows=int, status=dict),
         audit=_figures(label / "audit.json"),
@@ -138,6 +159,16 @@ def _is_figure(figure: dict) -> bool:
 
 def _lines(file: epath.Path) -> list[dict]:
     return read_json_lines(file) if file.exists() else []
+
+
+def _samples(file: epath.Path, policy: str) -> list[dict] | None:
+    """The samples with the policy that a stage trained called "policy"."""
+    if not file.exists():
+        return None
+    rows = [by_role(row, policy) for row in read_parquet(file).to_pylist()]
+    if missing := set(_SAMPLE) - set(rows[0] if rows else ()):
+        raise _damaged(file, f"no column {min(missing).replace('policy', policy)}")
+    return rows
 
 
 def _rows(file: epath.Path, columns: tuple[str, ...]) -> list[dict] | None:

@@ -17,24 +17,24 @@ def sample_cards(run: RunData) -> list[dict] | None:
 
 def _card(run: RunData, sample: dict, judgement: dict | None) -> dict:
     good = {name: run.ground_truth(sample["prompt"], sample[name]) if run.ground_truth else None
-            for name in ("sft", "rl")}  # fmt: skip
+            for name in ("sft", "policy")}  # fmt: skip
     probability = judgement["prob_a"] if judgement and judgement["status"] == "ok" else None
     return {
         "prompt": sample["prompt"],
         "replies": [
             {
-                "title": name.upper(),
+                "title": "SFT" if name == "sft" else run.title,
                 "text": sample[name],
                 "good": good[name],
                 "facts": _facts(sample, name),
             }
-            for name in ("sft", "rl")
+            for name in ("sft", "policy")
         ],
         "probability": probability,
         "status": judgement["status"] if judgement else "not judged",
         "outcome": _outcome(probability),
         "truth": "" if None in good.values() else {(True, True): "both", (False, False): "neither"}.get(
-            (good["sft"], good["rl"]), "rl" if good["rl"] else "sft"),
+            (good["sft"], good["policy"]), "policy" if good["policy"] else "sft"),
     }  # fmt: skip
 
 
@@ -46,4 +46,4 @@ def _facts(sample: dict, name: str) -> str:
 def _outcome(probability: float | None) -> str:
     if probability is None or probability == 0.5:
         return "none"
-    return "rl" if probability > 0.5 else "sft"
+    return "policy" if probability > 0.5 else "sft"

@@ -1,4 +1,4 @@
-"""The verdict of a run in plain words: did RL improve the replies, and what speaks against believing it?"""
+"""The verdict of a run in plain words: did training improve the replies, and what speaks against believing it?"""
 
 import dataclasses
 
@@ -9,21 +9,27 @@ from rlaif_jax.reporting.words import percent, points, with_interval
 
 # By what the judge prefers and how the ground truth moved; "none" where there is no ground truth.
 _HEADINGS = {
-    ("rl", "up"): ("good", "RL improved the replies"),
-    ("rl", "none"): ("good", "The judge prefers the RL replies"),
-    ("rl", "unclear"): ("mixed", "The judge prefers the RL replies; the ground truth does not confirm it"),
-    ("rl", "down"): ("bad", "The judge prefers the RL replies, but by the ground truth they got worse"),
-    ("neither", "up"): ("mixed", "The judge shows no preference, though by the ground truth RL improved the replies"),
-    ("neither", "none"): ("unclear", "No difference between RL and SFT is shown"),
-    ("neither", "unclear"): ("unclear", "No difference between RL and SFT is shown"),
-    ("neither", "down"): ("bad", "The judge shows no preference, and by the ground truth RL made the replies worse"),
-    ("sft", "up"): ("mixed", "The judge prefers the SFT replies, though by the ground truth RL improved them"),
-    ("sft", "none"): ("bad", "The judge prefers the SFT replies: RL made them worse"),
+    ("policy", "up"): ("good", "{title} improved the replies"),
+    ("policy", "none"): ("good", "The judge prefers the {title} replies"),
+    ("policy", "unclear"): ("mixed", "The judge prefers the {title} replies; the ground truth does not confirm it"),
+    ("policy", "down"): ("bad", "The judge prefers the {title} replies, but by the ground truth they got worse"),
+    ("neither", "up"): (
+        "mixed",
+        "The judge shows no preference, though by the ground truth {title} improved the replies",
+    ),
+    ("neither", "none"): ("unclear", "No difference between {title} and SFT is shown"),
+    ("neither", "unclear"): ("unclear", "No difference between {title} and SFT is shown"),
+    ("neither", "down"): (
+        "bad",
+        "The judge shows no preference, and by the ground truth {title} made replies worse",
+    ),
+    ("sft", "up"): ("mixed", "The judge prefers the SFT replies, though by the ground truth {title} improved them"),
+    ("sft", "none"): ("bad", "The judge prefers the SFT replies: {title} made them worse"),
     ("sft", "unclear"): ("bad", "The judge prefers the SFT replies; the ground truth does not confirm it"),
-    ("sft", "down"): ("bad", "RL made the replies worse"),
+    ("sft", "down"): ("bad", "{title} made the replies worse"),
 }
 _SIDES = {
-    "rl": "The 95% interval lies above 50%.",
+    "policy": "The 95% interval lies above 50%.",
     "neither": "The 95% interval holds 50%: the judge may as well have no preference.",
     "sft": "The 95% interval lies below 50%.",
 }
@@ -32,7 +38,7 @@ _TRUTHS = {
     "unclear": "The interval of the difference holds 0: that may be chance.",
     "down": "The interval of the difference lies below 0.",
 }
-_AGREES = {("rl", "up"), ("sft", "down"), ("neither", "unclear")}
+_AGREES = {("policy", "up"), ("sft", "down"), ("neither", "unclear")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Verdict:
 def judge(run: RunData) -> Verdict:
     """The verdict on a run; an open one while there are no results."""
     checks = run_checks(run)
-    win = (run.results or {}).get("win_rate/rl_vs_sft")
+    win = (run.results or {}).get("win_rate/policy_vs_sft")
     if run.results is None:
         return Verdict("open", "No verdict yet", ["The eval stage has not finished."], None, checks)
     if not win or win["mean"] is None:
@@ -62,9 +68,11 @@ def judge(run: RunData) -> Verdict:
     side, truth = preferred(win), ground_truth(run.results)
     direction = "none" if truth is None else _direction(truth)
     tone, heading = _HEADINGS[side, direction]
-    sentences = [_win_sentence(win, side), _truth_sentence(run.results, truth, side)]
+    heading = heading.format(title=run.title)
+    heading = heading[0].upper() + heading[1:]
+    sentences = [_win_sentence(run, win, side), _truth_sentence(run, truth, side)]
     if run.config.get("judge.shuffle_weights"):
-        tone, heading = _control(side, direction)
+        tone, heading = _control(run, side, direction)
         sentences.append(
             "The judge's weights were shuffled: its labels and its win rate carry no information, and alarms about "
             "judge and reward model are to be expected."
@@ -77,17 +85,17 @@ def judge(run: RunData) -> Verdict:
 
 
 def preferred(win: Figure) -> str:
-    """Whom the judge prefers beyond chance: "rl", "sft" or "neither"."""
+    """Whom the judge prefers beyond chance: "policy", "sft" or "neither"."""
     low, high = win["ci95"]
-    return "rl" if low > 0.5 else "sft" if high < 0.5 else "neither"
+    return "policy" if low > 0.5 else "sft" if high < 0.5 else "neither"
 
 
 def ground_truth(results: dict) -> Figure | None:
-    """How far the share of good replies moved from SFT to RL; None where it is not known."""
-    sft, rl = (results.get(f"ground_truth_good/{name}") for name in ("sft", "rl"))
-    if not sft or not rl or None in (sft["mean"], rl["mean"]):
+    """How far the share of good replies moved from SFT to the trained policy; None where it is not known."""
+    sft, trained = (results.get(f"ground_truth_good/{name}") for name in ("sft", "policy"))
+    if not sft or not trained or None in (sft["mean"], trained["mean"]):
         return None
-    return difference(rl, sft)
+    return difference(trained, sft)
 
 
 def _direction(change: Figure) -> str:
@@ -95,32 +103,32 @@ def _direction(change: Figure) -> str:
     return "up" if low > 0 else "down" if high < 0 else "unclear"
 
 
-def _control(side: str, direction: str) -> tuple[str, str]:
+def _control(run: RunData, side: str, direction: str) -> tuple[str, str]:
     if direction == "up":
         return "bad", "The negative control failed: by the ground truth the replies improved"
     if direction == "down":
         return "unclear", "Negative control: by the ground truth the replies got worse"
-    if direction == "none" and side == "rl":
-        return "unclear", "Negative control: the shuffled judge prefers the RL replies"
+    if direction == "none" and side == "policy":
+        return "unclear", f"Negative control: the shuffled judge prefers the {run.title} replies"
     return "unclear", "Negative control: nothing improved, as it should be"
 
 
-def _win_sentence(win: Figure, side: str) -> str:
+def _win_sentence(run: RunData, win: Figure, side: str) -> str:
     return (
-        f"RL replies are preferred to SFT replies on {with_interval(win, percent)} of held-out prompts, "
+        f"{run.title} replies are preferred to SFT replies on {with_interval(win, percent)} of held-out prompts, "
         f"n = {win['n']}. {_SIDES[side]}"
     )
 
 
-def _truth_sentence(results: dict, change: Figure | None, side: str) -> str:
+def _truth_sentence(run: RunData, change: Figure | None, side: str) -> str:
     if change is None:
         return "This run has no ground truth: the verdict is the judge's alone."
-    sft, rl = (with_interval(results[f"ground_truth_good/{name}"], percent) for name in ("sft", "rl"))
+    sft, trained = (with_interval(run.results[f"ground_truth_good/{name}"], percent) for name in ("sft", "policy"))
     direction = _direction(change)
     start = "The ground truth agrees" if (side, direction) in _AGREES else "The ground truth differs"
     if direction == "unclear" and side != "neither":
         start = "The ground truth does not confirm it"
     return (
-        f"{start}: {sft} of the SFT replies are good, and {rl} of the RL replies, a difference of "
+        f"{start}: {sft} of the SFT replies are good, and {trained} of the {run.title} replies, a difference of "
         f"{with_interval(change, points)} points. {_TRUTHS[direction]}"
     )

@@ -30,7 +30,7 @@ class SweepConfig:
     arms: dict  # name -> {dotted field of base: value}
     seeds: tuple[int, ...]
     baseline: str  # the arm that the others are compared with, seed by seed
-    figures: tuple[str, ...]  # names in eval/results.json, for the table
+    figures: tuple[str, ...]  # names in eval/results.json, for the table; "policy" stands for what an arm trains
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: the RL policy beside the SFT policy, by the judge and by the ground truth."""
+"""Evaluation on held-out prompts: the trained policy beside the SFT policy, by the judge and by the ground truth."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,7 +23,6 @@ from rlaif_jax.stages.reward_model import centred_params, score_texts
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences, response_logprobs, response_rewards
 
-POLICIES = ("sft", "rl")
 Mean = Callable[[np.ndarray | Sequence[float]], Figure]  # values -> their mean with its interval
 
 
@@ -32,18 +31,18 @@ def run_evaluation(run: Run) -> None:
 
     Human comparisons, where the data has some to evaluate on, are judged into `eval/human/`.
     """
-    folder, prompts = run.folder("eval"), run.data("evaluation_prompts")
+    folder, prompts, policy = run.folder("eval"), run.data("evaluation_prompts"), run.config.policy_stage
     if not (folder / "samples.parquet").exists():
         write_parquet(folder / "samples.parquet", _sample(run, prompts["prompt"]))
-    for name in POLICIES:
+    for name in ("sft", policy):
         _shards(run, name).rmtree(missing_ok=True)
     samples = read_parquet(folder / "samples.parquet").to_pydict()
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
-    pairs = list(map(Pair, samples["prompt"], samples["rl"], samples["sft"]))
+    pairs = list(map(Pair, samples["prompt"], samples[policy], samples["sft"]))
     store.label(judge, pairs, folder, "evaluate")
     judged = read_parquet(folder / "preferences.parquet").to_pylist()
     mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
-    results = _win_rates(judged, np.array(prompts["group"]), mean)
+    results = _win_rates(policy, judged, np.array(prompts["group"]), mean)
     results |= _by_policy(run, samples, np.array(prompts["group"]), mean)
     results |= _agreement(run, samples, judged, mean) | _human_agreement(run, judge, mean)
     write_json(folder / "results.json", results)
@@ -52,10 +51,10 @@ def run_evaluation(run: Run) -> None:
 def _sample(run: Run, prompts: list[str]) -> pa.Table:
     """One response of each policy to each prompt, with its reward, length and log-ratio to the SFT policy."""
     model, scalar_model = run.language_model(), run.scalar_model()
-    params = {name: run.trained_params(name, model) for name in POLICIES}
+    params = {name: run.trained_params(name, model) for name in ("sft", run.config.policy_stage)}
     reward_params, config = _reward_params(run), run.config.evaluation
     columns: dict[str, list] = {"prompt": prompts}
-    for name in POLICIES:
+    for name in params:
         # One key for all policies: what they differ in is then their own doing, not the luck of the draw.
         replies = keep_replies(
             run, params[name], prompts, 1, run.key("eval"), config.sampling, _shards(run, name), config.commit_every
@@ -105,22 +104,23 @@ def _measure(
     return measured
 
 
-def _win_rates(judged: list[dict], groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
-    """How often the judge prefers the RL policy, over all prompts and by group."""
+def _win_rates(policy: str, judged: list[dict], groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
+    """How often the judge prefers the trained policy, over all prompts and by group."""
     # Equal replies are a tie; pairs that the judge could not score are left out, and `n` says so.
     wins = {"ok": lambda row: float(row["prob_a"] > 0.5) + 0.5 * (row["prob_a"] == 0.5), "identical": lambda row: 0.5}
     win = np.array([wins[row["status"]](row) if row["status"] in wins else np.nan for row in judged])
     valid = np.isfinite(win)
-    figures = {"win_rate/rl_vs_sft": mean(win[valid])}
+    figures = {f"win_rate/{policy}_vs_sft": mean(win[valid])}
     for group in filter(None, np.unique(groups)):
-        figures[f"win_rate_{group}/rl_vs_sft"] = mean(win[valid & (groups == group)])
+        figures[f"win_rate_{group}/{policy}_vs_sft"] = mean(win[valid & (groups == group)])
     return figures
 
 
 def _by_policy(run: Run, samples: dict, groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
     """The figures of each policy's replies."""
-    truth, figures = run.ground_truth(), {"kl/rl_vs_sft": mean(samples["kl/rl"])}
-    for name in POLICIES:
+    truth, policy = run.ground_truth(), run.config.policy_stage
+    figures = {f"kl/{policy}_vs_sft": mean(samples[f"kl/{policy}"])}
+    for name in ("sft", policy):
         if truth:
             grades = list(map(truth.grades, samples["prompt"], samples[name]))
             figures |= {f"ground_truth_{grade}/{name}": mean([row[grade] for row in grades]) for grade in grades[0]}
@@ -146,14 +146,15 @@ def _agreement(run: Run, samples: dict, judged: list[dict], mean: Mean) -> dict[
     if truth:
         prob_a = np.array([row["prob_a"] for row in labels])
         figures["judge_agreement/ground_truth"] = mean(ground_truth_agreement(truth, labels, prob_a))
-    if "reward/rl" not in samples:
+    reward = f"reward/{run.config.policy_stage}"
+    if reward not in samples:
         return figures
-    margin = np.array(samples["reward/rl"]) - np.array(samples["reward/sft"])
-    prefers_rl = 0.5 + 0.5 * np.sign(margin[[row["status"] == "ok" for row in judged]])
+    margin = np.array(samples[reward]) - np.array(samples["reward/sft"])
+    prefers_policy = 0.5 + 0.5 * np.sign(margin[[row["status"] == "ok" for row in judged]])
     if truth:
-        figures["reward_model_accuracy/ground_truth"] = mean(ground_truth_agreement(truth, rows, prefers_rl))
-    judge_prefers_rl = np.array([row["prob_a"] for row in rows])
-    return figures | {"reward_model_accuracy/judge": mean(agreement(prefers_rl, judge_prefers_rl))}
+        figures["reward_model_accuracy/ground_truth"] = mean(ground_truth_agreement(truth, rows, prefers_policy))
+    judge_prefers_policy = np.array([row["prob_a"] for row in rows])
+    return figures | {"reward_model_accuracy/judge": mean(agreement(prefers_policy, judge_prefers_policy))}
 
 
 def _is_training_judge(run: Run, judged: dict) -> bool:

@@ -11,8 +11,10 @@ from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import file_hashes, read_json, remove_leftovers, write_json
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.models import gguf
+from rlaif_jax.stages.best_of_n import run_best_of_n
 from rlaif_jax.stages.evaluate import run_evaluation
 from rlaif_jax.stages.label import run_label
+from rlaif_jax.stages.preference import run_preference
 from rlaif_jax.stages.reward_model import run_reward_model
 from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.run import Run
@@ -23,6 +25,8 @@ STAGES: dict[str, Callable[[Run], bool | None]] = {
     "sft": run_sft,
     "label": run_label,
     "reward_model": run_reward_model,
+    "best_of_n": run_best_of_n,
+    "preference": run_preference,
     "rl": run_rl,
     "eval": run_evaluation,
 }
@@ -32,6 +36,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
     "label": ("judge", "sampler", "label"),
     "reward_model": ("preferences", "reward_model"),
+    "best_of_n": ("sampler", "judge", "rl", "best_of_n"),
+    "preference": ("sampler", "judge", "preferences", "preference"),
     "rl": ("sampler", "judge", "rl"),
     "eval": ("judge", "sampler", "evaluation"),
 }
@@ -66,7 +72,7 @@ def plan(run: Run, names: list[str]) -> list[str]:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
     rewards = run.config.rl.rewards
-    if "rl" in names and rewards.verifier and rewards.verifier_function != "ground_truth":
+    if {"rl", "best_of_n"} & set(names) and rewards.verifier and rewards.verifier_function != "ground_truth":
         find_verifier(rewards.verifier_function)
     if not names:
         raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")

@@ -1,12 +1,26 @@
 """Labels as they are learned from: which order, soft or hard, calibrated, noisy; the judge's, people's, or both."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from etils import epath
+from flax import struct
 
+from rlaif_jax.config import PreferencesConfig
+from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.calibration import fit_temperature, scale
 from rlaif_jax.files import read_parquet
 from rlaif_jax.stages.run import Run
+from rlaif_jax.training.sequences import Sequences
+
+
+class Comparisons(struct.PyTreeNode):
+    """A batch of labelled pairs."""
+
+    a: Sequences
+    b: Sequences
+    prob_a: np.ndarray  # [batch] float32
 
 
 def read_preferences(run: Run) -> dict[str, list]:
@@ -22,15 +36,34 @@ def read_preferences(run: Run) -> dict[str, list]:
         people = _labelled(folder / "people")
         columns = {name: [*values, *people[name]] for name, values in columns.items()}
     rng = np.random.default_rng(run.order_seed("preferences"))
-    prob_a = np.array(columns["prob_a"], float)
-    if config.hard:
-        prob_a = np.where(prob_a == 0.5, 0.5, prob_a > 0.5)
-    turned = rng.random(len(prob_a)) < config.noise_rate
-    columns["prob_a"] = np.where(turned, 1 - prob_a, prob_a).tolist()
+    columns["prob_a"] = learned_labels(np.array(columns["prob_a"], float), config, rng).tolist()
     if run.config.label.source == "both":
-        order = rng.permutation(len(prob_a))
+        order = rng.permutation(len(columns["prob_a"]))
         columns = {name: [values[i] for i in order] for name, values in columns.items()}
     return {name: columns[name] for name in ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a")}
+
+
+def learned_labels(prob_a: np.ndarray, config: PreferencesConfig, rng: np.random.Generator) -> np.ndarray:
+    """Labels [pairs] made hard, smoothed, and turned round at the rate of noise, as the config asks for."""
+    if config.hard:
+        prob_a = np.where(prob_a == 0.5, 0.5, prob_a > 0.5)
+    prob_a = (1 - config.smoothing) * prob_a + config.smoothing * (1 - prob_a)
+    turned = rng.random(len(prob_a)) < config.noise_rate
+    return np.where(turned, 1 - prob_a, prob_a)
+
+
+def encode_comparisons(run: Run, table: Mapping[str, list]) -> Comparisons:
+    """The columns of `read_preferences` as arrays, for the policy's tokenizer and lengths."""
+    policy, tokenizer = run.config.policy, run.tokenizer()
+    prompts, prompt_mask = encode_prompts(tokenizer, table["prompt"], policy.max_prompt_length)
+
+    def sequences(name: str) -> Sequences:
+        responses, ended = table[f"response_{name}"], table[f"ended_{name}"]
+        return Sequences(
+            prompts, prompt_mask, *encode_responses(tokenizer, responses, policy.max_response_length, ended)
+        )
+
+    return Comparisons(sequences("a"), sequences("b"), np.asarray(table["prob_a"], np.float32))
 
 
 def _labelled(folder: epath.Path) -> dict[str, list]:

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from flax import struct
 from scipy import optimize
 
-from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json, write_json
 from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
-from rlaif_jax.stages.preferences import read_preferences
+from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, read_preferences
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
@@ -25,14 +23,6 @@ from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.sequences import Sequences, response_rewards
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
 from rlaif_jax.training.step import train_step
-
-
-class Comparisons(struct.PyTreeNode):
-    """A batch of labelled pairs."""
-
-    a: Sequences
-    b: Sequences
-    prob_a: jax.Array  # [batch] float32
 
 
 def reward_loss(params, batch: Comparisons, model: ScalarModel):
@@ -49,7 +39,7 @@ def run_reward_model(run: Run) -> None:
     """Reads `label/`; writes `reward_model/checkpoints` and `normalisation.json`. The last pairs are held out."""
     config = run.config.reward_model
     table = read_preferences(run)
-    comparisons = _encode(run, table)
+    comparisons = encode_comparisons(run, table)
     trained = range(len(comparisons.prob_a) - config.validation_pairs)
     batches = shuffled_batches(trained, config.batch_size, run.order_seed("reward_model"), "reward_model.batch_size")
     model = run.scalar_model()
@@ -156,22 +146,9 @@ def score_texts(run: Run, params, pairs: Mapping[str, list], batch_size: int) ->
     A response that does not fit the policy's length is scored by what fits.
     """
     ended = [True] * len(pairs["prompt"])
-    encoded = _encode(run, {**pairs, "ended_a": ended, "ended_b": ended})
+    encoded = encode_comparisons(run, {**pairs, "ended_a": ended, "ended_b": ended})
     a, b = (score(run, run.scalar_model(), params, x, batch_size) for x in (encoded.a, encoded.b))
     return a, b
 
 
 _rewards = jax.jit(response_rewards, static_argnums=0)
-
-
-def _encode(run: Run, table: Mapping[str, list]) -> Comparisons:
-    policy, tokenizer = run.config.policy, run.tokenizer()
-    prompts, prompt_mask = encode_prompts(tokenizer, table["prompt"], policy.max_prompt_length)
-
-    def sequences(name: str) -> Sequences:
-        responses, ended = table[f"response_{name}"], table[f"ended_{name}"]
-        return Sequences(
-            prompts, prompt_mask, *encode_responses(tokenizer, responses, policy.max_response_length, ended)
-        )
-
-    return Comparisons(sequences("a"), sequences("b"), np.asarray(table["prob_a"], np.float32))

@@ -7,16 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlaif_jax.data.encoding import decode_responses, encode_prompts
+from rlaif_jax.data.encoding import decode_responses
 from rlaif_jax.data.packing import PackedRows, lay_out
 from rlaif_jax.errors import UserError
-from rlaif_jax.models.parameters import decoding_model, decoding_parameters, init_parameters
+from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.parallel.mesh import batch_sharding, shard_batch
-from rlaif_jax.sampling.buckets import bucket_of, length_buckets
-from rlaif_jax.sampling.generate import generate
-from rlaif_jax.sampling.stopping import make_stopping
 from rlaif_jax.stages.reward_model import centred_params
 from rlaif_jax.stages.rewards import load_rewards
+from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.stages.sft import demonstration_rows
 from rlaif_jax.training.alarms import alarms
@@ -32,7 +30,10 @@ def run_rl(run: Run) -> None:
     """Reads the SFT policy and, where it is part of the reward, the reward model; writes `rl/checkpoints`."""
     config, model, scalar_model = run.config.rl, run.language_model(), run.scalar_model()
     tokenizer, mesh = run.tokenizer(), run.placement.mesh
-    rollouts = _Rollouts(run)
+    count = config.batch_size // config.group_size
+    one_shape = bool(config.rollout_lag)  # responses kept in the state
+    what = "rl.batch_size / group_size"
+    rollouts = Rollouts(run, "rl", count, config.group_size, config.sampling, what, one_shape)
     reference = run.trained_params("sft", model)
     reward_params = centred_params(run) if config.rewards.reward_model else None
     text_rewards, demonstrations = load_rewards(run), _demonstrations(run)
@@ -96,56 +97,6 @@ def run_rl(run: Run) -> None:
     abstract = RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, _abstract_control(run), pending)
     loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates)
     train(run.folder("rl"), loop, abstract, init, next_step, _Watch(run))
-
-
-class _Rollouts:
-    """The prompts of each iteration, and responses to them."""
-
-    def __init__(self, run: Run):
-        config, policy = run.config.rl, run.config.policy
-        self._run, self._model = run, run.language_model()
-        self._texts = run.data("train_prompts")["prompt"]
-        self._tokens, self._mask = encode_prompts(run.tokenizer(), self._texts, policy.max_prompt_length)
-        lengths, sampler = self._mask.sum(axis=1), run.config.sampler
-        self._lengths, self._buckets = lengths, length_buckets(lengths, sampler.prompt_buckets, sampler.bucket_multiple)
-        count = config.batch_size // config.group_size
-        self._batches = shuffled_batches(
-            range(len(self._texts)), count, run.order_seed("rl"), "rl.batch_size / group_size"
-        )
-        self._stopping = make_stopping(run.tokenizer())
-
-    def prompts(self, step: int) -> list[str]:
-        """The prompt of each row of an iteration."""
-        return [self._texts[row] for row in self._batches[step] for _ in range(self._run.config.rl.group_size)]
-
-    def sample(self, params, step: int) -> Sampled:
-        """The responses of an iteration, drawn from these parameters, each prompt read once for its group."""
-        run, config, policy = self._run, self._run.config.rl, self._run.config.policy
-        rows, padding = np.asarray(self._batches[step]), 0
-        if not config.rollout_lag:  # responses kept in the state have one shape
-            padding = max(policy.max_prompt_length - bucket_of(self._lengths[rows].max(), self._buckets), 0)
-        ids = np.arange(config.batch_size, dtype=np.int32)
-        arrays = (self._tokens[rows, padding:], self._mask[rows, padding:], ids)
-        prompts, prompt_mask, row_ids = shard_batch(arrays, run.placement.mesh)
-        replies = generate(
-            decoding_model(self._model),
-            decoding_parameters(self._model, params, run.placement),
-            prompts,
-            prompt_mask,
-            run.key("rollout", step),
-            row_ids,
-            self._stopping,
-            max_new_tokens=policy.max_response_length,
-            sampling=config.sampling,
-            cache_dtype=run.config.sampler.cache_dtype or self._model.config.dtype,
-        )
-        return _joined(prompts, prompt_mask, replies.samples, replies.ended, copies=config.group_size)
-
-
-@functools.partial(jax.jit, static_argnames="copies")
-def _joined(prompts, prompt_mask, samples, ended, *, copies: int) -> Sampled:
-    prompts, prompt_mask = (jnp.repeat(x, copies, axis=0) for x in (prompts, prompt_mask))
-    return Sampled(Sequences(prompts, prompt_mask, samples.tokens, samples.mask), samples.logprobs, ended)
 
 
 class _Watch:

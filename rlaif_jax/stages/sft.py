@@ -1,11 +1,12 @@
 """Supervised fine-tuning: the policy learns the demonstrations; the loss is on completions alone."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from rlaif_jax.config import SFTConfig
+from rlaif_jax.config import BestOfNConfig, SFTConfig
 from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
@@ -29,9 +30,15 @@ def run_sft(run: Run) -> None:
     config, folder = run.config.sft, run.folder("sft")
     if not any(folder.glob("checkpoints/*")):  # at the start; afterwards the data stays as it is
         _prepare_data(run)
-    rows = demonstration_rows(run)
-    batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed("sft"), "sft.batch_size")
+    tune(run, "sft", config, demonstration_rows(run), lambda: initial_params(run, run.language_model()))
 
+
+def tune(
+    run: Run, stage: str, config: SFTConfig | BestOfNConfig, rows: list[list[Example]], initial: Callable[[], dict]
+) -> None:
+    """Trains on packed rows from the parameters that `initial` gives; writes the checkpoints of a stage."""
+    row_length = run.config.sft.row_length
+    batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed(stage), f"{stage}.batch_size")
     model = run.language_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(sft_loss, model=model)
@@ -39,16 +46,17 @@ def run_sft(run: Run) -> None:
     step_fn = jax.jit(step_fn, donate_argnums=0)
 
     def next_step(state: TrainState, step: int):
-        batch = lay_out([rows[row] for row in batches[step]], config.row_length)
+        batch = lay_out([rows[row] for row in batches[step]], row_length)
         state, metrics = step_fn(state, shard_batch(batch, run.placement.mesh))
         tokens, params = (batch.segment_ids > 0).sum(), state.params
-        return state, metrics | {"tokens": tokens}, lambda: _samples(run, params) if step + 1 == config.steps else []
+        samples = lambda: _samples(run, stage, params) if step + 1 == config.steps else []  # noqa: E731
+        return state, metrics | {"tokens": tokens}, samples
 
     train(
-        folder,
+        run.folder(stage),
         LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates),
         abstract_state(model, optimizer, run.placement),
-        lambda: init_state(model, initial_params(run, model), optimizer, run.placement),
+        lambda: init_state(model, initial(), optimizer, run.placement),
         next_step,
     )
 
@@ -60,10 +68,10 @@ def demonstration_rows(run: Run) -> list[list[Example]]:
     prompts = prompt_tokens(tokenizer, demonstrations["prompt"])
     replies = texts_to_tokens(tokenizer, demonstrations["reply"])
     examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
-    return _rows(examples, config, run.order_seed("packing"))
+    return packed(examples, config, run.order_seed("packing"))
 
 
-def _rows(examples: list[Example], config: SFTConfig, seed: int) -> list[list[Example]]:
+def packed(examples: list[Example], config: SFTConfig, seed: int) -> list[list[Example]]:
     """The examples that share a row, in a shuffled order."""
     if not config.packing:
         return [[example] for example in examples]
@@ -72,10 +80,10 @@ def _rows(examples: list[Example], config: SFTConfig, seed: int) -> list[list[Ex
     return [[shuffled[i] for i in row] for row in pack(lengths, config.row_length)]
 
 
-def _samples(run: Run, params) -> list[dict]:
+def _samples(run: Run, stage: str, params) -> list[dict]:
     """Replies of the trained policy to some training prompts, for samples.jsonl."""
     prompts = run.data("train_prompts")["prompt"][: run.config.sampler.slots]
-    replies = sample_replies(run, params, prompts, 1, run.key("sft samples"), run.config.label.sampling)
+    replies = sample_replies(run, params, prompts, 1, run.key(f"{stage} samples"), run.config.label.sampling)
     return [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, replies.texts, strict=True)]
 
 

@@ -18,7 +18,7 @@ from rlaif_jax.config import parse
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.sampling.generate import generate
-from rlaif_jax.stages.rl import _joined
+from rlaif_jax.stages.rollouts import joined
 from rlaif_jax.training.policy_update import update
 from rlaif_jax.training.rollout import RLState, initial_control, make_rollout
 from rlaif_jax.training.sequences import Sequences, response_logprobs
@@ -147,7 +147,7 @@ def train(problem, config, state, table):
             sampling=config.sampling,
             cache_dtype="float32",
         )
-        sampled = _joined(prompts, mask, replies.samples, replies.ended, copies=config.group_size)
+        sampled = joined(prompts, mask, replies.samples, replies.ended, copies=config.group_size)
         scores = table[tuple(sampled.sequences.responses.T)]
         rollout, _, _, metrics = make_rollout(
             problem.language, problem.scalar, state, problem.reference, None, sampled, scores, config=config
