@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from configs import quickstart
 from configs.sweeps import quickstart_algorithms, quickstart_kl
 from rlaif_jax import compare, main, sweep
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json, write_json
-from rlaif_jax.stages import rl
+from rlaif_jax.stages import pipeline, rl
 from rlaif_jax.stages import run as runs
-from rlaif_jax.stages.pipeline import STAGES
 from tests.helpers import one_device_mesh
 from tests.tiny_judge import tiny_run_flags, write_judge
 
@@ -32,6 +32,7 @@ def get_config():
     sweep.figures = FIGURES
     return sweep
 """
+STAGES = quickstart.get_config().stages
 ARMS = {"low": {"rl.kl.coef": 0.05}, "high_0.5": {"rl.kl.coef": 0.5}}
 
 
@@ -59,7 +60,7 @@ class FakeStages:
         self.calls = []
         self.error = lambda stage, run: None  # an exception to raise at the end of the stage
         for stage in STAGES:
-            monkeypatch.setitem(STAGES, stage, lambda run, stage=stage: self.run(stage, run))
+            monkeypatch.setitem(pipeline.STAGES, stage, lambda run, stage=stage: self.run(stage, run))
 
     def run(self, stage, run):
         self.calls.append((stage, run.config.rl.kl.coef, run.config.seed))

@@ -7,19 +7,12 @@ from etils import epath
 
 from rlaif_jax.data import embedded
 from rlaif_jax.errors import UserError
-from rlaif_jax.evaluation.names import by_role, policy_stage, title
+from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policy_stage, title
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import cell_stages
 
-STAGES = (
-    "sft",
-    "label",
-    "reward_model",
-    "best_of_n",
-    "preference",
-    "rl",
-    "eval",
-)  # those of stages/pipeline.py, without importing JAX
+STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval")  # those of stages/pipeline.py, without JAX
+USUAL = ("sft", "label", "reward_model", "rl", "eval")  # of a run that does not say
 
 # Whether a reply to a prompt is good; None for a prompt that the ground truth does not know.
 GroundTruth = Callable[[str, str], bool | None]
@@ -50,7 +43,7 @@ class RunData:
     @property
     def planned(self) -> tuple[str, ...]:
         """The stages that the config has."""
-        return tuple(self.config.get("stages", STAGES))
+        return tuple(self.config.get("stages", USUAL))
 
     @property
     def policy_stage(self) -> str:
@@ -84,7 +77,7 @@ def read_run(workdir: epath.Path) -> RunData:
     folders = {stage: shared.get(stage, workdir / stage) for stage in STAGES}
     label, evaluation = folders["label"], folders["eval"]
     record = _object(workdir / "config.json", config=dict)
-    policy = policy_stage(record["config"].get("stages", STAGES[-2:]))
+    policy = policy_stage(record["config"].get("stages", USUAL))
     labels, samples = _rows(label / "preferences.parquet", _PAIR), _samples(evaluation / "samples.parquet", policy)
     results = _figures(evaluation / "results.json")
     results = None if results is None else by_role(results, policy)
