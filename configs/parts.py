@@ -56,6 +56,8 @@ def preference_losses(config: config_dict.ConfigDict, loss: str, online: bool) -
     2310.12036) or slic (Zhao et al., 2305.10425); online as Guo et al. (2402.04792), whose labels are hard.
     """
     config.preference.update(loss=loss, online=online)
+    if loss == "ipo":  # whose beta says how far it goes: (2 prob - 1) / (2 beta) nats, and a small judge is never sure
+        config.preference.beta = 0.02
     if online:
         config.stages = ("sft", "preference", "eval")
         config.preferences.hard = True

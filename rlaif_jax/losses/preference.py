@@ -19,7 +19,7 @@ def ipo(h: jax.Array, beta: float) -> jax.Array:
 
 
 def slic(h: jax.Array, beta: float) -> jax.Array:
-    """max(0, 1 - beta h): SLiC's hinge (Zhao et al., arXiv 2305.10425) on log-ratios."""
+    """max(0, 1 - beta h): SLiC's hinge (Zhao et al., arXiv 2305.10425), on log-ratios (RSO, arXiv 2309.06657)."""
     return jnp.maximum(0.0, 1 - beta * h)
 
 

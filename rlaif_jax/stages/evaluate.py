@@ -159,7 +159,9 @@ def _agreement(run: Run, samples: dict, judged: list[dict], mean: Mean) -> dict[
 
 def _is_training_judge(run: Run, judged: dict) -> bool:
     """Whether the weights that evaluate have made labels or given rewards."""
-    if run.config.rl.rewards.judge:
+    judged_live = {"rl": run.config.rl.rewards.judge, "best_of_n": run.config.rl.rewards.judge}
+    judged_live["preference"] = run.config.preference.online
+    if judged_live[run.config.policy_stage]:
         return True
     if "label" not in run.config.stages:
         return False

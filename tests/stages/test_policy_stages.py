@@ -1,0 +1,173 @@
+"""The stages that train a policy without policy gradients, as whole runs with a tiny judge."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rlaif_jax.judge import score
+from rlaif_jax.main import main
+from rlaif_jax.stages import best_of_n, preference
+from rlaif_jax.stages import run as runs
+from tests.helpers import one_device_mesh
+from tests.tiny_judge import tiny_run_flags, write_judge
+
+STEPS = {
+    "preference.steps": 6,
+    "preference.batch_size": 8,
+    "preference.checkpoint_every": 2,
+    "best_of_n.steps": 4,
+    "best_of_n.prompts": 24,
+    "best_of_n.samples": 3,
+    "best_of_n.commit_every": 16,
+    "best_of_n.checkpoint_every": 2,
+}
+ONLINE = ("--config.stages=('sft','preference','eval')", "--config.preference.online=True")
+OFFLINE = ("--config.stages=('sft','label','preference','eval')",)
+BEST = (
+    "--config.stages=('sft','best_of_n','eval')",
+    "--config.rl.rewards.reward_model=0.0",
+    "--config.rl.rewards.verifier=1.0",
+)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    return write_judge(tmp_path_factory.mktemp("judge") / "judge.gguf")
+
+
+@pytest.fixture(scope="module")
+def labelled(judge, tmp_path_factory):
+    """Folders of SFT and of labels, which all of these runs begin with."""
+    folder = tmp_path_factory.mktemp("labelled")
+    assert main(["main", *flags_of(judge, folder, *OFFLINE), "--stages=sft,label"]) == 0
+    return folder
+
+
+def flags_of(judge, workdir, *options):
+    steps = [f"--config.{name}={value}" for name, value in STEPS.items()]
+    return [*tiny_run_flags(judge, workdir), *steps, *options]
+
+
+def begun(judge, labelled, workdir, *options):
+    """Arguments of a run that finds SFT and labels done."""
+    if not workdir.exists():
+        shutil.copytree(labelled / "sft", workdir / "sft")
+        shutil.copytree(labelled / "label", workdir / "label")
+    return ["main", *flags_of(judge, workdir, *options)]
+
+
+def lines(workdir, stage):
+    return [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+SLOW = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "slic")]
+
+
+@pytest.mark.parametrize("loss", ["dpo", *SLOW])
+def test_a_policy_learns_from_labels_without_a_reward_model(judge, labelled, tmp_path, loss):
+    options = (*OFFLINE, f"--config.preference.loss={loss}", "--stages=preference", "--config.preferences.hard=True")
+    options += ("--config.preference.optimizer.learning_rate=0.0005",)
+    assert main(begun(judge, labelled, tmp_path / "run", *options)) == 0
+    first, *_, last = lines(tmp_path / "run", "preference")
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the policy is the reference
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0
+    stored = pq.read_table(tmp_path / "run" / "preference" / "reference.parquet")
+    assert stored.num_rows == pq.read_table(tmp_path / "run" / "label" / "preferences.parquet").num_rows
+
+
+def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, labelled, tmp_path, monkeypatch):
+    # Eight threads of a CPU add up in any order.
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    assert main(begun(judge, labelled, tmp_path / "whole", *ONLINE)) == 0
+    judge_pairs, calls = preference.judge_pairs, []
+
+    def killed(*arguments):
+        calls.append(len(arguments[1]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return judge_pairs(*arguments)
+
+    monkeypatch.setattr(preference, "judge_pairs", killed)
+    assert main(begun(judge, labelled, tmp_path / "killed", *ONLINE, "--stages=preference")) == 130
+    assert main(begun(judge, labelled, tmp_path / "killed", *ONLINE, "--stages=preference")) == 0
+    assert lines(tmp_path / "whole", "preference") == lines(tmp_path / "killed", "preference")
+    assert set(calls) == {8}
+    results = json.loads((tmp_path / "whole" / "eval" / "results.json").read_text())
+    assert {"win_rate/preference_vs_sft", "ground_truth_good/preference", "kl/preference_vs_sft"} <= set(results)
+    assert results["judge_is_training_judge"] is True
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "online DPO replies" in page and "RL replies" not in page
+
+
+def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    judge_pairs = score.judge_pairs
+
+    def lost(*arguments):
+        found = judge_pairs(*arguments)
+        return [dataclasses.replace(each, status="not_finite", verdict=None) for each in found]
+
+    monkeypatch.setattr(preference, "judge_pairs", lost)
+    options = (*ONLINE, "--config.preference.optimizer.learning_rate=0.1", "--stages=preference")
+    allowed = ("--config.judge.max_failure_rate=1.0", "--config.preference.steps=2")
+    assert main(begun(judge, labelled, tmp_path / "run", *options, *allowed)) == 0
+    first, last = lines(tmp_path / "run", "preference")
+    assert first["unscored"] == 1 and first["loss"] == 0 and first["param_norm"] == last["param_norm"]
+    assert main(begun(judge, labelled, tmp_path / "stopped", *options)) == 2
+    assert "could not score 100.0% of the pairs" in capfd.readouterr().err
+
+
+def test_the_best_of_n_is_what_the_policy_is_tuned_on(judge, labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    assert main(begun(judge, labelled, tmp_path / "whole", *BEST)) == 0
+    chosen = pq.read_table(tmp_path / "whole" / "best_of_n" / "chosen.parquet").to_pylist()
+    assert len(chosen) == 24 and all(row["reward"] >= row["mean_reward"] for row in chosen)
+    assert any(row["reward"] > row["mean_reward"] for row in chosen)
+    assert "win_rate/best_of_n_vs_sft" in json.loads((tmp_path / "whole" / "eval" / "results.json").read_text())
+    scored = best_of_n.score_replies
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(best_of_n, "score_replies", killed)
+    assert main(begun(judge, labelled, tmp_path / "killed", *BEST, "--stages=best_of_n")) == 130
+    monkeypatch.setattr(best_of_n, "score_replies", scored)
+    assert main(begun(judge, labelled, tmp_path / "killed", *BEST, "--stages=best_of_n")) == 0
+    assert lines(tmp_path / "whole", "best_of_n") == lines(tmp_path / "killed", "best_of_n")
+
+
+@pytest.mark.slow
+def test_replies_without_a_score_are_never_chosen(judge, labelled, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(best_of_n, "score_replies", lambda run, rewards, params, replies, prompts: np.where(
+        np.arange(len(prompts)) % 3 == 0, np.nan, -(np.arange(len(prompts)) % 3.0)))  # fmt: skip
+    options = (*BEST, "--config.best_of_n.steps=1", "--stages=best_of_n")
+    assert main(begun(judge, labelled, tmp_path / "run", *options)) == 2
+    assert "33.3% of the replies have no score" in capfd.readouterr().err
+    assert main(begun(judge, labelled, tmp_path / "run", *options, "--config.rl.rewards.max_unscored_rate=0.5")) == 0
+    chosen = pq.read_table(tmp_path / "run" / "best_of_n" / "chosen.parquet").to_pydict()
+    assert set(chosen["reward"]) == {-1.0} and set(chosen["mean_reward"]) == {-1.5}
+
+
+BAD = {
+    "no labels": (["config.stages=('sft','preference','eval')"], ["preference needs label", "preference.online=True"]),
+    "two policies": (["config.stages=('sft','label','preference','rl','eval')"], ["only one of preference, rl"]),
+    "no policy": (["config.stages=('sft','label','eval')"], ["eval needs one of"]),
+    "loss": (["config.preference.loss=kto"], ["preference.loss='kto'", "dpo, ipo, slic"]),
+    "beta": (["config.preference.beta=0.0"], ["preference.beta=0.0", "positive"]),
+    "smoothing": (["config.preferences.smoothing=0.5"], ["preferences.smoothing=0.5"]),
+    "one": (["config.best_of_n.samples=1"], ["best_of_n.samples=1", "2 or more"]),
+    "too large": (["config.stages=('sft','label','preference','eval')", "config.preference.batch_size=800"], (
+        ["preference.batch_size makes a batch of 800"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_can_not_be_trained_is_one_clear_line(judge, labelled, tmp_path, capfd, case):
+    options, words = BAD[case]
+    assert main(begun(judge, labelled, tmp_path / "run", *(f"--{option}" for option in options))) == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
+    assert len(error) == 1 and all(word in error[0] for word in words), error
