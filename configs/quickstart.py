@@ -7,15 +7,27 @@ the result with where it started.
     python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Arms, one or more words with commas between them: default, which is ppo; reinforce, rloo, grpo (other algorithms on the
-same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); smoke (the same judge on a
-fraction of the data, to see that everything runs).
+same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); panel (three prompts label, and
+their mean is learned: three times the labelling); smoke (the same judge on a fraction of the data, to see that
+everything runs).
 """
 
 from ml_collections import config_dict
 
-from configs.parts import direct_rlaif, embedded_corpus, group, optimizer, rl_losses, sampling, source, teacher
+from configs.parts import (
+    direct_rlaif,
+    embedded_corpus,
+    group,
+    no_panel,
+    optimizer,
+    panel,
+    rl_losses,
+    sampling,
+    source,
+    teacher,
+)
 
-ARMS = ("default", "smoke", "ppo", "reinforce", "rloo", "grpo", "drlaif")
+ARMS = ("default", "smoke", "ppo", "reinforce", "rloo", "grpo", "drlaif", "panel")
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
@@ -99,6 +111,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             sampler=group(slots=16, refill=4, chunk=16, prompt_buckets=2, bucket_multiple=32, cache_dtype=""),
         ),
     )
+    config.panel = no_panel()
     config.sft = group(
         teacher=teacher(),
         steps=300,
@@ -228,4 +241,6 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.rl.optimizer.learning_rate = config.rl.value_optimizer.learning_rate = 1e-3
     if "drlaif" in words:
         direct_rlaif(config, "everyday_requests")
+    if "panel" in words:
+        panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
     return config

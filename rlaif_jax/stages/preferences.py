@@ -5,22 +5,27 @@ from etils import epath
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.calibration import fit_temperature, scale
+from rlaif_jax.evaluation.panel import trust
 from rlaif_jax.files import read_parquet
 from rlaif_jax.stages.run import Run
 
+_COLUMNS = ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a", "weight")
+
 
 def read_preferences(run: Run) -> dict[str, list]:
-    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b` and `prob_a` of all labelled pairs.
+    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b`, `prob_a` and `weight` of all labelled pairs.
 
+    weight: how much each counts in training, from 0 to 1; less than 1 where a panel disagrees, if the config says so.
     Where there are labels of the judge and of people, they are mixed. Raises UserError where the label file is missing.
     """
     folder, config = run.folder("label"), run.config.preferences
     columns = _labelled(folder)
     if run.config.label.source != "human":
         columns["prob_a"] = _judged(run, columns)
+        columns = _trusted(run, columns)
     if run.config.label.source == "both":
         people = _labelled(folder / "people")
-        columns = {name: [*values, *people[name]] for name, values in columns.items()}
+        columns = {name: [*columns[name], *people[name]] for name in _COLUMNS}
     rng = np.random.default_rng(run.order_seed("preferences"))
     prob_a = np.array(columns["prob_a"], float)
     if config.hard:
@@ -30,7 +35,7 @@ def read_preferences(run: Run) -> dict[str, list]:
     if run.config.label.source == "both":
         order = rng.permutation(len(prob_a))
         columns = {name: [values[i] for i in order] for name, values in columns.items()}
-    return {name: columns[name] for name in ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a")}
+    return {name: columns[name] for name in _COLUMNS}
 
 
 def _labelled(folder: epath.Path) -> dict[str, list]:
@@ -40,7 +45,8 @@ def _labelled(folder: epath.Path) -> dict[str, list]:
     labels, candidates = read_parquet(file), read_parquet(folder / "candidates.parquet")
     for name in ("ended_a", "ended_b"):  # which the texts do not say
         labels = labels.append_column(name, candidates[name])
-    return labels.filter(np.asarray(labels["status"]) == "ok").to_pydict()
+    columns = labels.filter(np.asarray(labels["status"]) == "ok").to_pydict()
+    return columns | {"weight": [1.0] * len(columns["row"])}
 
 
 def _judged(run: Run, columns: dict[str, list]) -> np.ndarray:
@@ -49,6 +55,20 @@ def _judged(run: Run, columns: dict[str, list]) -> np.ndarray:
     name = "prob_a" if config.order == "both" else f"prob_a_{config.order}"
     temperature = _temperature(run, name) if config.calibrate else 1.0
     return scale(np.array(columns[name], float), temperature)
+
+
+def _trusted(run: Run, columns: dict[str, list]) -> dict[str, list]:
+    """What the disagreement of the panel leaves of its labels, each with its weight; all where a judge labelled."""
+    panel = run.config.panel
+    if panel.disagreement == "none":
+        return columns
+    weight = trust(np.array(columns["disagreement"], float), panel.disagreement, panel.max_disagreement)
+    columns = columns | {"weight": weight.tolist()}
+    if panel.disagreement == "filter":
+        kept = np.flatnonzero(weight)
+        print(f"labels: {len(weight) - len(kept)} of {len(weight)} left out, the panel disagrees on them", flush=True)
+        columns = {name: [values[i] for i in kept] for name, values in columns.items()}
+    return columns
 
 
 def _temperature(run: Run, name: str) -> float:

@@ -33,16 +33,18 @@ class Comparisons(struct.PyTreeNode):
     a: Sequences
     b: Sequences
     prob_a: jax.Array  # [batch] float32
+    weight: jax.Array  # [batch] float32
 
 
 def reward_loss(params, batch: Comparisons, model: ScalarModel):
-    """Sum over pairs, their number, and sums of metrics: a `training.step.Loss`."""
+    """Weighted sum over pairs, their weight, and sums of metrics: a `training.step.Loss`."""
     reward_a = response_rewards(model, params, batch.a)
     reward_b = response_rewards(model, params, batch.b)
-    total, weight = bradley_terry_loss(reward_a, reward_b, batch.prob_a)
+    total, weight = bradley_terry_loss(reward_a, reward_b, batch.prob_a, batch.weight)
     difference = reward_a - reward_b
     agrees = (difference > 0) == (batch.prob_a > 0.5)
-    return total, weight, {"accuracy": (agrees.sum(), weight), "margin": (abs(difference).sum(), weight)}
+    metrics = {"accuracy": agrees, "margin": abs(difference)}
+    return total, weight, {name: ((batch.weight * value).sum(), weight) for name, value in metrics.items()}
 
 
 def run_reward_model(run: Run) -> None:
@@ -155,8 +157,8 @@ def score_texts(run: Run, params, pairs: Mapping[str, list], batch_size: int) ->
 
     A response that does not fit the policy's length is scored by what fits.
     """
-    ended = [True] * len(pairs["prompt"])
-    encoded = _encode(run, {**pairs, "ended_a": ended, "ended_b": ended})
+    ended, weight = [True] * len(pairs["prompt"]), [1.0] * len(pairs["prompt"])
+    encoded = _encode(run, {**pairs, "ended_a": ended, "ended_b": ended, "weight": weight})
     a, b = (score(run, run.scalar_model(), params, x, batch_size) for x in (encoded.a, encoded.b))
     return a, b
 
@@ -174,4 +176,5 @@ def _encode(run: Run, table: Mapping[str, list]) -> Comparisons:
             prompts, prompt_mask, *encode_responses(tokenizer, responses, policy.max_response_length, ended)
         )
 
-    return Comparisons(sequences("a"), sequences("b"), np.asarray(table["prob_a"], np.float32))
+    prob_a, weight = (np.asarray(table[name], np.float32) for name in ("prob_a", "weight"))
+    return Comparisons(sequences("a"), sequences("b"), prob_a, weight)
