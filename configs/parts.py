@@ -66,7 +66,7 @@ def no_panel() -> config_dict.ConfigDict:
         judges=group(),  # name -> a group of the same fields as `judge`
         combine="mean",  # or "majority", "minimum"
         disagreement="none",  # "weight" counts pairs less on which members differ; "filter" leaves them out
-        max_disagreement=0.06,  # with "filter": a variance; 0.0625 is that of two members who are 0.5 apart
+        max_disagreement=0.01,  # with "filter": a variance; 0.01 is that of members who are 0.1 from their mean
     )
 
 

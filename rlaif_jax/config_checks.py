@@ -121,6 +121,7 @@ def check(config: Config, devices: int) -> None:
         if name in _NEEDS and _NEEDS[name] not in config.stages:
             raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
     _check_rl(config, flat, devices)
+    _check_judges(config)
     needed = config.reward_model.batch_size + config.reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
         x >= needed))  # fmt: skip
@@ -133,7 +134,6 @@ def check(config: Config, devices: int) -> None:
         _require(flat, f"data.{name}.kind", "set", bool)
     if config.preferences.calibrate and not config.label.audit_pairs:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
-    _check_judges(config)
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
 

@@ -136,14 +136,14 @@ def panel_audit(columns: Mapping[str, Sequence[Any]], resamples: int, seed: int)
 
     def alphas(prob_a: np.ndarray) -> dict[str, Figure]:
         return {
-            "votes": _alpha_ci(_votes(prob_a), True, resamples, seed),
-            "prob_a": _alpha_ci(prob_a, False, resamples, seed),
+            "alpha/votes": _alpha_ci(_votes(prob_a), True, resamples, seed),
+            "alpha/prob_a": _alpha_ci(prob_a, False, resamples, seed),
         }
 
     def agreements(label: np.ndarray) -> dict[str, Figure]:
         return {name: mean_of(_agreement(label, better)) for name, better in known.items()}
 
-    figures = {f"panel_alpha/{name}": figure for name, figure in alphas(prob_a).items()}
+    figures = {f"panel_{name}": figure for name, figure in alphas(prob_a).items()}
     figures["panel_disagreement/variance"] = mean_of(disagreement(prob_a))
     figures["panel_disagreement/vote_entropy"] = mean_of(vote_entropy(prob_a))
     for i, name in enumerate(names):

@@ -104,14 +104,16 @@ def render_audit(title: str, columns: Mapping[str, Sequence[Any]], figures: Mapp
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     by = {name: figure for name, figure in figures.items() if name.startswith("judge_agreement/human/")}
+    panel = {name: figure for name, figure in figures.items() if name.startswith("panel_")}
     agreement = figures.get("judge_agreement/human")
     html = environment.get_template("audit.html.j2").render(
         title=title,
         style=Markup((_FOLDER / "report.css").read_text()),
         judges=sorted({f"{judge}, {form}" for judge, form in zip(columns["judge"], columns["template"], strict=True)}),
         pairs=len(columns["status"]),
-        rows=audit_rows({name: figure for name, figure in figures.items() if name not in by}),
+        rows=audit_rows({name: figure for name, figure in figures.items() if name not in {*by, *panel}}),
         by=audit_rows(by),
+        panel_rows=audit_rows(panel),
         panel=panel_table(figures),
         temperature=figures.get("calibration/temperature"),
         histogram=charts.histogram(prob_a) if len(prob_a) else None,
@@ -131,6 +133,8 @@ def _budget(agreement: float | None) -> list[tuple[str, int]]:
 
 def _pair(columns: Mapping[str, Sequence[Any]], row: int) -> dict:
     names = ("prompt", "response_a", "response_b", "status")
-    probabilities = [columns[name][row] for name in ("prob_a_forward", "prob_a_reversed")]
-    shown = ["-" if value is None else f"{value:.2f}" for value in probabilities]
-    return {name: columns[name][row] for name in names} | {"row": row, "forward": shown[0], "reversed": shown[1]}
+    said = {"when shown first": columns["prob_a_forward"][row], "when shown second": columns["prob_a_reversed"][row]}
+    if "prob_a_members" in columns:
+        said = {f"by {name}": value for name, value in (columns["prob_a_members"][row] or {}).items()}
+    said = ", ".join(f"{'-' if value is None else f'{value:.2f}'} {how}" for how, value in said.items())
+    return {name: columns[name][row] for name in names} | {"row": row, "said": said}
