@@ -74,6 +74,33 @@ def direct_rlaif(config: config_dict.ConfigDict, template: str) -> None:
     config.rl.rewards.judge_prompt.chat = config.judge.prompt.chat
 
 
+def no_panel() -> config_dict.ConfigDict:
+    """No panel: `judge` alone labels."""
+    return group(
+        judges=group(),  # name -> a group of the same fields as `judge`
+        combine="mean",  # or "majority", "minimum"
+        disagreement="none",  # "weight" counts pairs less on which members differ; "filter" leaves them out
+        max_disagreement=0.01,  # with "filter": a variance; 0.01 is that of members who are 0.1 from their mean
+    )
+
+
+def panel(config: config_dict.ConfigDict, **prompts: dict) -> None:
+    """A panel of the same judge under several prompts: name -> the fields that differ from `config.judge.prompt`.
+
+    All other fields follow those of `config.judge`, whatever they are set to later.
+    """
+    for name, changes in prompts.items():
+        config.panel.judges[name] = _following(config.judge, prompt=_following(config.judge.prompt, **changes))
+
+
+def _following(fields: config_dict.ConfigDict, **changes) -> config_dict.ConfigDict:
+    copy = group()
+    for name, value in fields.items(preserve_field_references=True):
+        is_group = isinstance(value, config_dict.ConfigDict)
+        copy[name] = changes.get(name, _following(value) if is_group else fields.get_oneway_ref(name))
+    return copy
+
+
 def source(kind: str = "", path: str = "", name: str = "", split: str = "", limit: int = 0, **fields: str):
     """Where the rows of a set come from (rlaif_jax/data/sources.py); `fields` maps our names to theirs."""
     return group(kind=kind, path=path, name=name, split=split, limit=limit, fields=config_dict.ConfigDict(fields))

@@ -9,7 +9,8 @@ the result with where it started.
 Arms, one or more words with commas between them: default, which is ppo; reinforce, rloo, grpo (other algorithms on the
 same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); dpo, ipo, slic (the policy
 learns from the labels, no reward model); online_dpo (from pairs of the live policy, judged at once); best_of_n (it is
-tuned on the best of n of its own replies); smoke (the same judge on a fraction of the data, to see that all runs).
+tuned on the best of n of its own replies); panel (three prompts label, and their mean is learned: three times the
+labelling); smoke (the same judge on a fraction of the data, to see that everything runs).
 """
 
 from ml_collections import config_dict
@@ -18,7 +19,9 @@ from configs.parts import (
     direct_rlaif,
     embedded_corpus,
     group,
+    no_panel,
     optimizer,
+    panel,
     preference_losses,
     rl_losses,
     sampling,
@@ -39,6 +42,7 @@ ARMS = (
     "slic",
     "online_dpo",
     "best_of_n",
+    "panel",
 )
 
 
@@ -123,6 +127,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             sampler=group(slots=16, refill=4, chunk=16, prompt_buckets=2, bucket_multiple=32, cache_dtype=""),
         ),
     )
+    config.panel = no_panel()
     config.sft = group(
         teacher=teacher(),
         steps=300,
@@ -286,4 +291,6 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             preference_losses(config, loss, f"online_{loss}" in words)
     if "best_of_n" in words:
         config.stages = ("sft", "label", "reward_model", "best_of_n", "eval")
+    if "panel" in words:
+        panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
     return config

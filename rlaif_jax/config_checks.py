@@ -11,6 +11,7 @@ from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import POLICY_STAGES
+from rlaif_jax.evaluation.panel import RULES as RULES_OF_PANELS
 from rlaif_jax.judge.prompts import METHODS
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
@@ -45,7 +46,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda x: x > 0,
     ),
     (
-        "policy.max_*_length *.commit_every judge.shard_size judge.batch_tokens judge.pairs_per_tree",
+        "policy.max_*_length *.commit_every *.shard_size *.batch_tokens *.pairs_per_tree",
         "positive",
         lambda x: x > 0,
     ),
@@ -79,7 +80,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("rl.value_init", "reward_model or sft", lambda x: x in ("reward_model", "sft")),
     ("rl.rewards.normalise", "none, running or reference", lambda x: x in ("none", "running", "reference")),
     (
-        "data.embedded.*_share data.max_malformed_rate judge.max_failure_rate *.noise_rate rl.gamma rl.gae_lambda "
+        "data.embedded.*_share data.max_malformed_rate *.max_failure_rate *.noise_rate rl.gamma rl.gae_lambda "
         "rl.clip_low *.min_p *.b1 *.b2",
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
@@ -94,7 +95,10 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("sft.teacher.prompt", "a text with {prompt} in it", lambda x: "{prompt}" in x),
     ("label.source", "ai, human or both", lambda x: x in ("ai", "human", "both")),
     ("preferences.order", "both, forward or reversed", lambda x: x in ("both", "forward", "reversed")),
-    ("judge.prompt.method rl.rewards.judge_prompt.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
+    ("*.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
+    ("panel.combine", f"one of {', '.join(RULES_OF_PANELS)}", lambda x: x in RULES_OF_PANELS),
+    ("panel.disagreement", "none, weight or filter", lambda x: x in ("none", "weight", "filter")),
+    ("panel.max_disagreement", "from 0 to 0.25, a variance of probabilities", lambda x: 0 <= x <= 0.25),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
     ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
@@ -123,6 +127,7 @@ def check(config: Config, devices: int) -> None:
             raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
     _check_policy_stages(config)
     _check_rl(config, flat, devices)
+    _check_judges(config)
     needed = config.reward_model.batch_size + config.reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
         x >= needed))  # fmt: skip
@@ -135,19 +140,6 @@ def check(config: Config, devices: int) -> None:
         _require(flat, f"data.{name}.kind", "set", bool)
     if config.preferences.calibrate and not config.label.audit_pairs:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
-    if config.preferences.order != "both" and config.judge.prompt.method == "rating":
-        raise UserError("config.preferences.order must be both where judge.prompt.method=rating: there are no orders")
-    rationale = config.judge.rationale
-    if rationale.samples > 1 and rationale.sampling.temperature == 0:
-        raise UserError(
-            f"config.judge.rationale.samples={rationale.samples} would all be the same at "
-            "judge.rationale.sampling.temperature=0"
-        )
-    if config.judge.rationale.samples > config.judge.rationale.sampler.slots:
-        raise UserError(
-            f"config.judge.rationale.samples={config.judge.rationale.samples} must be at most its sampler.slots, "
-            f"{config.judge.rationale.sampler.slots}"
-        )
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
 
@@ -166,6 +158,48 @@ def _check_policy_stages(config: Config) -> None:
     if preference.online and config.preferences.calibrate:
         raise UserError(
             "config.preferences.calibrate=True is for the stage label: set it to False with preference.online"
+        )
+
+
+def _check_judges(config: Config) -> None:
+    """Raises UserError for a judge that can't do what it is asked, and for a panel that can't label."""
+    panel, labellers = config.panel, {**config.judges}
+    if panel.judges:
+        labellers.pop("judge")
+    for name, judge in labellers.items():
+        if config.preferences.order != "both" and judge.prompt.method == "rating":
+            raise UserError(f"config.preferences.order must be both where {name}.prompt.method=rating: there are no "
+                            "orders")  # fmt: skip
+    for name, judge in config.judges.items():
+        rationale = judge.rationale
+        if rationale.samples > 1 and rationale.sampling.temperature == 0:
+            raise UserError(
+                f"config.{name}.rationale.samples={rationale.samples} would all be the same at "
+                f"{name}.rationale.sampling.temperature=0"
+            )
+        if rationale.samples > rationale.sampler.slots:
+            raise UserError(
+                f"config.{name}.rationale.samples={rationale.samples} must be at most its sampler.slots, "
+                f"{rationale.sampler.slots}"
+            )
+    if not panel.judges:
+        if panel.disagreement != "none":
+            raise UserError(f"config.panel.disagreement={panel.disagreement} needs judges in panel.judges to disagree")
+        return
+    if len(panel.judges) < 2:
+        raise UserError(f"config.panel.judges has {', '.join(panel.judges)} alone: a panel is two judges or more")
+    for name in panel.judges:
+        if not re.fullmatch(r"[\w-]+", name):  # it becomes the name of a folder
+            raise UserError(f"config.panel.judges: the name {name!r} may hold letters, digits, _ and - alone")
+    if "label" not in config.stages or config.label.source == "human":
+        raise UserError(
+            "config.panel.judges would label nothing: set panel.judges to an empty group, or take the stage label "
+            "with label.source=ai or both"
+        )
+    if config.preferences.order != "both" and panel.combine != "mean":
+        raise UserError(
+            f"config.preferences.order={config.preferences.order} with panel.combine={panel.combine}: of one order "
+            "there is the mean of the members alone; set panel.combine=mean or preferences.order=both"
         )
 
 

@@ -88,6 +88,7 @@ def export_labels(folder: epath.Path, out: epath.Path, name: str, licenses: dict
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.parquet"}]}],
     }
     labelled = "people" if facts["judge"] == "human" else "an AI judge"
+    labelled = "a panel of AI judges" if "members" in manifest else labelled
     unused = _counts(left_out | {"undecided": undecided})
     facts |= {"name": name, "rows": len(rows), "labelled": labelled, "left_out": unused, "audit": _audit(folder)}
     card = _CARD.format(**facts, **licenses)

@@ -7,13 +7,14 @@ import sys
 
 import jax
 from absl import flags
+from etils import epath
 
 from rlaif_jax.commands import open_folder, parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.files import read_parquet, remove_leftovers, write_json
 from rlaif_jax.judge import store
-from rlaif_jax.judge.score import load_judge
+from rlaif_jax.judge.score import JudgeConfig, load_judge
 from rlaif_jax.report import write_report
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
 from rlaif_jax.stages.run import Run, open_run, run_record, with_seed
@@ -22,7 +23,8 @@ from rlaif_jax.summary import print_replay, print_summary
 _USAGE = "usage: python -m rlaif_jax.main --config=configs/NAME.py[:ARM] --workdir=DIR"
 _HELP = f"""  --config.FIELD=VALUE   overrides a field of the config, e.g. --config.seed=1
   --stages=NAME,...      stages to run, of {", ".join(STAGES)}; by default all
-  --replay=ROW,...       judges these rows of DIR/label/preferences.parquet again and compares; any:N draws N of them
+  --replay=ROW,...       judges these rows of DIR/label/preferences.parquet again and compares; any:N draws N of them;
+                         NAME/ROW,... those of a member of a panel, in DIR/label/panel/NAME
   --worker=I/N           with --stages=label: judges every N-th shard from the I-th on, beside N - 1 other processes"""
 
 
@@ -66,19 +68,34 @@ def _worker(text: str) -> store.Worker:
 
 def _replay(run: Run, rows: str) -> int:
     """Judges label rows again; 0 where all labels are reproduced, 1 where one is not."""
-    file = run.folder("label") / "preferences.parquet"
+    config, folder, rows = _replayed(run, rows)
+    file = folder / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
     table = read_parquet(file)
     chosen = _rows(rows, table.num_rows)
     with jax.set_mesh(run.placement.mesh):
-        judge = load_judge(run.config.judge, run.config.seed, run.placement)
+        judge = load_judge(config, run.config.seed, run.placement)
         replayed = [store.replay(judge, table, row) for row in chosen]
     same = [store.same_label(stored, fresh) for stored, fresh in replayed]
     for (stored, fresh), equal in zip(replayed, same, strict=True):
         print_replay(judge, stored, fresh, equal)
     print(f"{sum(same)} of {len(same)} labels reproduced")
     return 0 if all(same) else 1
+
+
+def _replayed(run: Run, text: str) -> tuple[JudgeConfig, epath.Path, str]:
+    """Whose labels --replay asks for, their folder, and the rows. Raises UserError for no such member of a panel."""
+    judges, folder = run.config.panel.judges, run.folder("label")
+    if not judges:
+        return run.config.judge, folder, text
+    member, _, rows = text.rpartition("/")
+    if member not in judges:
+        raise UserError(
+            f"--replay={text}: a panel made these labels out of those in label/panel/NAME, so say whose to judge "
+            f"again: --replay=NAME/{rows}, NAME being one of {', '.join(judges)}"
+        )
+    return judges[member], folder / "panel" / member, rows
 
 
 def _rows(text: str, count: int) -> list[int]:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from rlaif_jax.evaluation.audit import audit
+from rlaif_jax.evaluation.budget import label_next
+from rlaif_jax.evaluation.panel import panel_audit
 from rlaif_jax.reporting.audit_page import render_audit
 
 N = 40
@@ -61,3 +63,20 @@ def test_without_people_it_says_what_is_missing(columns):
 def test_a_file_without_a_label_has_a_page(columns):
     failed = columns | dict.fromkeys(("prob_a", "prob_a_forward", "prob_a_reversed"), [None] * N)
     assert "No pair has a label." in page(failed | {"status": ["too_long"] * N})
+
+
+def test_a_panel_is_shown_with_and_without_each_member(columns):
+    assert "each member adds" not in page(columns)
+    said = [{name: value and abs(value - i / 9) for i, name in enumerate(("careful", "<b>", "third"))}
+            for value in columns["prob_a"]]  # fmt: skip
+    columns = columns | {"prob_a_members": said, "combine": ["mean"] * N}
+    figures = audit(columns, 50, 0) | panel_audit(columns, 50, 0)
+    text = render_audit("A & B", columns, figures)
+    table = text[text.index("each member adds") : text.index('id="confidence"')]
+    assert table.count("<tr>") == 1 + 1 + 2 * 3 and "&lt;b&gt; alone" in table and "the panel without careful" in table
+    assert "sides with people" in table and "alpha, votes" in table and "good reply" not in table
+    alpha = figures["panel_without/third/alpha/votes"]["mean"]
+    assert f"{alpha:.3f}".replace("-", "\N{MINUS SIGN}") in html.unescape(table)
+    first = said[label_next(columns, 2)[1]]  # after the one that could not be scored
+    assert f"A is better with {first['careful']:.2f} by careful, {first['<b>']:.2f} by <b>" in html.unescape(text)
+    assert "panel_member" not in text and "panel_without" not in text

@@ -1,8 +1,9 @@
 import pytest
 
 from configs import hh_harmless, hh_helpful, quickstart, scitldr, smollm2, tasks, tldr
-from rlaif_jax.config import parse
+from rlaif_jax.config import flatten, override, parse
 from rlaif_jax.config_checks import check, check_decoder
+from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import load_template
 
 TASKS = {"tldr": tldr, "hh_helpful": hh_helpful, "hh_harmless": hh_harmless, "scitldr": scitldr}
@@ -24,7 +25,7 @@ def test_every_arm_of_every_config_is_valid(module, arm):
     config = parse(module.get_config(arm).to_dict())
     check(config, devices=1)
     check_decoder(config.policy.model, 0)
-    assert load_template(config.judge.prompt).choices
+    assert all(load_template(judge.prompt).choices for judge in config.judges.values())
 
 
 @pytest.mark.parametrize("arm", ["rlaif", "smoke"])
@@ -46,3 +47,38 @@ def test_arms_change_what_they_say(arm):
 def test_an_unknown_word_names_those_that_there_are():
     with pytest.raises(ValueError, match=r"'smok'.*rlhf.*smoke"):
         tldr.get_config("rlhf,smok")
+
+
+@pytest.mark.parametrize(("module", "arm"), [(quickstart, "panel"), (tldr, "panel,smoke"), (tldr, "panel,reasoning")])
+def test_the_prompts_of_a_panel_differ_and_the_rest_follows_the_judge(module, arm):
+    config = module.get_config(arm)
+    config.judge.weights, config.judge.rationale.max_new_tokens = "other.gguf", 7
+    config.panel.judges.rating.batch_tokens = 5
+    members = parse(config.to_dict()).panel.judges
+    assert len({load_template(member.prompt).digest for member in members.values()}) == 3
+    assert {(member.weights, member.rationale.max_new_tokens) for member in members.values()} == {("other.gguf", 7)}
+    assert members["rating"].batch_tokens == 5 not in {config.judge.batch_tokens, members[min(members)].batch_tokens}
+
+
+def test_a_group_with_names_of_ones_own_is_read_flattened_and_changed_by_them():
+    config = parse(quickstart.get_config("panel").to_dict())
+    flat = flatten(config)
+    assert flat["panel.judges.rating.prompt.shots"] == 0 and "panel.judges" not in flat
+    assert flatten(parse(quickstart.get_config().to_dict()))["panel.judges"] == {}
+    shots = override(config, {"panel.judges.six_examples.prompt.shots": 5}).panel.judges
+    assert shots["six_examples"].prompt.shots == 5 and shots["rating"] == config.panel.judges["rating"]
+    assert override(config, {"panel.judges": {}}).panel.judges == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"panel.judges.ratin.dtype": "float32"}, "did you mean panel.judges.rating.dtype"),
+        ({"panel.judges": {"one": {"weights": "x"}}}, "config.panel.judges.one.prompt is missing"),
+        ({"panel.judges.rating.prompt.shots": "six"}, "config.panel.judges.rating.prompt.shots must be of type int"),
+        ({"panel.judges": ("one",)}, "config.panel.judges must map names to groups"),
+    ],
+)
+def test_what_is_wrong_in_such_a_group_is_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        override(parse(quickstart.get_config("panel").to_dict()), changes)

@@ -51,7 +51,8 @@ SCHEMA = pa.schema(
         ("hash_reversed", pa.string()),
     ]
 )
-UNSCORED = ("too_long", "not_finite")  # failures; two equal responses have nothing to compare, which is none
+# Failures, the last one of a panel; two equal responses have nothing to compare, which is none.
+UNSCORED = ("too_long", "not_finite", "panel_unscored")
 _RETRIED = ("not_finite",)  # what another try may mend
 _REMEDY = "its pairs alone are judged again"
 
@@ -102,7 +103,7 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
     there = {_number(path) for path in shards.glob("[0-9]*.*.parquet")}  # other workers' among them
     if not there.issuperset(range(len(batches))):
         return False
-    _check_failures(_assemble(judge, folder), judge.config.max_failure_rate, folder)
+    check_failures(_assemble(judge, folder), judge.config.max_failure_rate, folder)
     return True
 
 
@@ -318,11 +319,12 @@ def human_table(comparisons: Sequence[dict]) -> pa.Table:
     return _table([every | row | {"row": i} for i, row in enumerate(comparisons)])
 
 
-def _check_failures(statuses: Mapping[str, int], limit: float, folder: epath.Path) -> None:
+def check_failures(statuses: Mapping[str, int], limit: float, folder: epath.Path) -> None:
+    """Raises UserError where a larger share than `limit` of the rows, counted by status, has failed."""
     failures = {status: n for status, n in statuses.items() if status in UNSCORED}
     rate = sum(failures.values()) / sum(statuses.values())
     if rate > limit:
         raise UserError(
             f"{rate:.1%} of the pairs in {folder} could not be scored ({failures}), more than "
-            f"judge.max_failure_rate={limit}: see the status column of preferences.parquet"
+            f"the max_failure_rate={limit} of its judge: see the status column of preferences.parquet"
         )

@@ -31,16 +31,30 @@ _NAMES = {
     "calibration/ece_after_scaling": "expected calibration error at the fitted temperature",
     "calibration/brier": "Brier score",
     "calibration/brier_after_scaling": "Brier score at the fitted temperature",
+    "panel_alpha/votes": "Krippendorff's alpha of the panel's votes",
+    "panel_alpha/prob_a": "Krippendorff's alpha of the panel's probabilities",
+    "panel_disagreement/variance": "variance of the panel's probabilities of a pair",
+    "panel_disagreement/vote_entropy": "entropy of the panel's vote on a pair, in nats",
     "answer_mass": "probability that it gives an answer at all",
     "scored": "pairs that could be scored",
 }
-_NOT_SHARES = ("judge_kappa", "length_slope", "calibration")
+_NOT_SHARES = ("judge_kappa", "length_slope", "calibration", "panel_alpha", "panel_disagreement")
+_BY_MEMBER = ("panel_member/", "panel_without/")
+# The columns of the table of a panel: what they are called, and the figure of the whole panel.
+_PANEL = {
+    "with_others": ("sides with the others", None),
+    "ground_truth": ("sides with the good reply", "judge_agreement/ground_truth"),
+    "human": ("sides with people", "judge_agreement/human"),
+    "alpha/votes": ("alpha, votes", "panel_alpha/votes"),
+    "alpha/prob_a": ("alpha, probabilities", "panel_alpha/prob_a"),
+}
 SHOWN = 12  # pairs to label next
 
 
 def audit_rows(figures: Mapping[str, Any]) -> list[dict]:
-    """A row a figure that has observations: its label, value and n."""
+    """A row a figure that has observations: its label, value and n. `panel_table` has those of a panel's members."""
     found = {name: figure for name, figure in figures.items() if isinstance(figure, dict)}
+    found = {name: figure for name, figure in found.items() if not name.startswith(_BY_MEMBER)}
     names = [name for name in _NAMES if name in found] + [name for name in found if name not in _NAMES]
     return [
         {
@@ -51,6 +65,29 @@ def audit_rows(figures: Mapping[str, Any]) -> list[dict]:
         for name in names
         if found[name]["mean"] is not None
     ]
+
+
+def panel_table(figures: Mapping[str, Any]) -> dict | None:
+    """The whole panel, each member, and the panel without it: `head`, and `rows` of a label and cells or None.
+
+    None where no panel labelled.
+    """
+    names = [name.split("/")[1] for name in figures if name.startswith("panel_member/") and name.endswith("/scored")]
+    if not names:
+        return None
+    rows = {"the whole panel": {key: figures.get(whole) for key, (_, whole) in _PANEL.items()}}
+    for kind, label in (("member", "{} alone"), ("without", "the panel without {}")):
+        for name in names:
+            rows[label.format(name)] = {key: figures.get(f"panel_{kind}/{name}/{key}") for key in _PANEL}
+    # A figure without observations, or that of another row, is nothing to show.
+    shown = [key for key in _PANEL if any((cells[key] or {}).get("mean") is not None for cells in rows.values())]
+    return {
+        "head": [_PANEL[key][0] for key in shown],
+        "rows": [
+            (label, [cells[key] and figure_cell("alpha" not in key, cells[key]) for key in shown])
+            for label, cells in rows.items()
+        ],
+    }
 
 
 def render_audit(title: str, columns: Mapping[str, Sequence[Any]], figures: Mapping[str, Any]) -> str:
@@ -67,14 +104,17 @@ def render_audit(title: str, columns: Mapping[str, Sequence[Any]], figures: Mapp
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     by = {name: figure for name, figure in figures.items() if name.startswith("judge_agreement/human/")}
+    panel = {name: figure for name, figure in figures.items() if name.startswith("panel_")}
     agreement = figures.get("judge_agreement/human")
     html = environment.get_template("audit.html.j2").render(
         title=title,
         style=Markup((_FOLDER / "report.css").read_text()),
         judges=sorted({f"{judge}, {form}" for judge, form in zip(columns["judge"], columns["template"], strict=True)}),
         pairs=len(columns["status"]),
-        rows=audit_rows({name: figure for name, figure in figures.items() if name not in by}),
+        rows=audit_rows({name: figure for name, figure in figures.items() if name not in {*by, *panel}}),
         by=audit_rows(by),
+        panel_rows=audit_rows(panel),
+        panel=panel_table(figures),
         temperature=figures.get("calibration/temperature"),
         histogram=charts.histogram(prob_a) if len(prob_a) else None,
         reliability=charts.reliability(calibration(*pairs)) if pairs else None,
@@ -93,6 +133,8 @@ def _budget(agreement: float | None) -> list[tuple[str, int]]:
 
 def _pair(columns: Mapping[str, Sequence[Any]], row: int) -> dict:
     names = ("prompt", "response_a", "response_b", "status")
-    probabilities = [columns[name][row] for name in ("prob_a_forward", "prob_a_reversed")]
-    shown = ["-" if value is None else f"{value:.2f}" for value in probabilities]
-    return {name: columns[name][row] for name in names} | {"row": row, "forward": shown[0], "reversed": shown[1]}
+    said = {"when shown first": columns["prob_a_forward"][row], "when shown second": columns["prob_a_reversed"][row]}
+    if "prob_a_members" in columns:
+        said = {f"by {name}": value for name, value in (columns["prob_a_members"][row] or {}).items()}
+    said = ", ".join(f"{'-' if value is None else f'{value:.2f}'} {how}" for how, value in said.items())
+    return {name: columns[name][row] for name in names} | {"row": row, "said": said}

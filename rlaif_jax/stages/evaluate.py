@@ -11,7 +11,7 @@ from etils import epath
 
 from rlaif_jax.evaluation.audit import agreement
 from rlaif_jax.evaluation.statistics import Figure, distinct_2, jackknife_ci, mean_ci, most_common_share
-from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.files import read_json, read_parquet, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import Judge, load_judge
@@ -165,8 +165,9 @@ def _is_training_judge(run: Run, judged: dict) -> bool:
         return True
     if "label" not in run.config.stages:
         return False
-    label = read_parquet(run.folder("label") / "preferences.parquet").slice(0, 1).to_pylist()[0]
-    return all(judged[name] == label[name] for name in ("judge", "judge_hash"))
+    manifest = read_json(run.folder("label") / "manifest.json")
+    labellers = manifest.get("members", {"": manifest}).values()  # a panel's, or the one that there is
+    return any(all(judged[name] == label.get(name) for name in ("judge", "judge_hash")) for label in labellers)
 
 
 def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:

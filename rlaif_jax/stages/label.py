@@ -1,5 +1,7 @@
 """AI labelling: candidate pairs sampled from the SFT policy, judged in both orders into a label file."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 from etils import epath
@@ -8,12 +10,13 @@ from rlaif_jax.data import embedded
 from rlaif_jax.data.prepare import ABOUT
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.audit import agreement, audit
+from rlaif_jax.evaluation.panel import panel_audit
 from rlaif_jax.evaluation.statistics import mean_ci
 from rlaif_jax.files import read_parquet, write_json, write_parquet, write_text
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
-from rlaif_jax.judge.score import Judge, load_judge
 from rlaif_jax.reporting.audit_page import render_audit
+from rlaif_jax.stages.panel import labeller
 from rlaif_jax.stages.replies import keep_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 
@@ -28,10 +31,10 @@ def run_label(run: Run) -> bool:
         _human_labels(run, folder if config.source == "human" else folder / "people")
     if config.source == "human":
         return True
-    judge = load_judge(run.config.judge, run.config.seed, run.placement)
-    if not store.label(judge, candidate_pairs(run), folder, "label", run.worker):
+    label = labeller(run)
+    if not label(candidate_pairs(run), folder, "label", run.worker):
         return False
-    write_json(folder / "audit.json", _audit(run, folder / "preferences.parquet") | _human_audit(run, judge))
+    write_json(folder / "audit.json", _audit(run, folder / "preferences.parquet") | _human_audit(run, label))
     return True
 
 
@@ -61,19 +64,20 @@ def _human_labels(run: Run, folder: epath.Path) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-def _human_audit(run: Run, judge: Judge) -> dict:
-    """The audit of the judge on `label.audit_pairs` comparisons that people made, kept in `label/audit/`."""
+def _human_audit(run: Run, label: Callable[..., bool]) -> dict:
+    """The audit of who labels on `label.audit_pairs` comparisons that people made, kept in `label/audit/`."""
     count, folder = run.config.label.audit_pairs, run.folder("label") / "audit"
     if not count:
         return {}
     comparisons = {name: values[:count] for name, values in run.data("comparisons").items()}
     pairs = list(map(Pair, comparisons["prompt"], comparisons["response_a"], comparisons["response_b"]))
-    store.label(judge, pairs, folder, "audit")
+    label(pairs, folder, "audit")
     columns = read_parquet(folder / "preferences.parquet").to_pydict()
     columns |= {"human": comparisons["prob_a"]} | {name: comparisons[name] for name in ABOUT}
     write_parquet(folder / "audited.parquet", pa.table(columns))
     config = run.config.evaluation
     figures = audit(columns, config.bootstrap_samples, run.config.seed, ("group", "human_confidence"))
+    figures |= panel_audit(columns, config.bootstrap_samples, run.config.seed)
     write_text(folder / "audit.html", render_audit("Comparisons that people made", columns, figures))
     return {f"people/{name}": figure for name, figure in figures.items()}
 
@@ -99,10 +103,12 @@ def _audit(run: Run, file: epath.Path) -> dict:
     figures = audit(columns, config.bootstrap_samples, run.config.seed)
     if truth := run.ground_truth():
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        columns["ground_truth"] = better_responses(truth, rows).tolist()
         rows = [row for row in rows if row["status"] == "ok"]
         prob_a = np.array([row["prob_a"] for row in rows])
         values = ground_truth_agreement(truth, rows, prob_a)
         figures["judge_agreement/ground_truth"] = mean_ci(values, config.bootstrap_samples, run.config.seed)
+    figures |= panel_audit(columns, config.bootstrap_samples, run.config.seed)
     write_text(file.parent / "audit.html", render_audit("The labels of a run", columns, figures))
     return figures
 
@@ -112,6 +118,13 @@ def ground_truth_agreement(truth: embedded.GroundTruth, rows: list[dict], prefer
 
     Only the rows where exactly one reply is good count.
     """
-    good_a = np.array([truth.is_good(row["prompt"], row["response_a"]) for row in rows], bool)
-    good_b = np.array([truth.is_good(row["prompt"], row["response_b"]) for row in rows], bool)
-    return agreement(preference_a, good_a.astype(float))[good_a != good_b]
+    good_a = better_responses(truth, rows)
+    return agreement(preference_a, good_a)[np.isfinite(good_a)]
+
+
+def better_responses(truth: embedded.GroundTruth, rows: list[dict]) -> np.ndarray:
+    """1 where response a alone is good, 0 where b alone is, else NaN: [rows] float."""
+    good_a, good_b = (
+        np.array([truth.is_good(row["prompt"], row[f"response_{x}"]) for row in rows], float) for x in "ab"
+    )
+    return np.where(good_a != good_b, good_a, np.nan)

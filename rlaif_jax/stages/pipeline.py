@@ -34,10 +34,10 @@ STAGES: dict[str, Callable[[Run], bool | None]] = {
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
 _PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
-    "label": ("judge", "sampler", "label"),
-    "reward_model": ("preferences", "reward_model"),
+    "label": ("judge", "panel.judges", "panel.combine", "sampler", "label"),
+    "reward_model": ("panel", "preferences", "reward_model"),
     "best_of_n": ("sampler", "judge", "rl", "best_of_n"),
-    "preference": ("sampler", "judge", "preferences", "preference"),
+    "preference": ("sampler", "judge", "panel", "preferences", "preference"),
     "rl": ("sampler", "judge", "rl"),
     "eval": ("judge", "sampler", "evaluation"),
 }
@@ -47,9 +47,9 @@ _OPERATIONAL = (
     "commit_every",
     "keep_best",
     "evaluation.shown_samples",
-    "judge.batch_tokens",
-    "judge.max_failure_rate",
-    "judge.cache",
+    ".batch_tokens",
+    ".max_failure_rate",
+    ".cache",
     "buckets",
     "bucket_multiple",
     "pairs_per_tree",
@@ -105,16 +105,20 @@ def stage_inputs(run: Run, name: str) -> dict:
     """What a stage's result depends on: config fields, and hashes of the files that they name."""
     order = run.config.stages
     parts = [part for stage in order[: order.index(name) + 1] for part in _PARTS[stage]]
+    if not run.config.panel.judges:
+        parts = [part for part in parts if part.split(".")[0] != "panel"]
     flat = flatten(run.config) | _file_hashes(run)
-    return {key: flat[key] for key in flat if key.split(".")[0] in parts and not key.endswith(_OPERATIONAL)}
+    wanted = (key for key in flat if any(f"{key}.".startswith(f"{part}.") for part in parts))
+    return {key: flat[key] for key in wanted if not key.endswith(_OPERATIONAL)}
 
 
 def _file_hashes(run: Run) -> dict[str, str]:
-    judge, policy = run.config.judge, run.config.policy
-    with blame("judge.prompt.template"):
-        hashes = {"judge.prompt.hash": load_template(judge.prompt).digest}
-    with blame("judge.weights"):
-        hashes["judge.weights_hash"] = gguf.weights_hash(judge.weights)
+    hashes, policy = {}, run.config.policy
+    for name, judge in run.config.judges.items():
+        with blame(f"{name}.prompt.template"):
+            hashes[f"{name}.prompt.hash"] = load_template(judge.prompt).digest
+        with blame(f"{name}.weights"):
+            hashes[f"{name}.weights_hash"] = gguf.weights_hash(judge.weights)
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
@@ -140,7 +144,8 @@ def is_done(run: Run, name: str) -> bool:
         return False
     # A label file that was deleted is put together again from the shards that it was made of.
     folder = run.folder(name)
-    return not any(folder.glob("shards/*")) or (folder / "preferences.parquet").exists()
+    shards = [*folder.glob("shards/*"), *folder.glob("panel/*/shards/*")]
+    return not shards or (folder / "preferences.parquet").exists()
 
 
 def _read_record(record: epath.Path) -> dict:

@@ -35,7 +35,6 @@ class PreferenceBatch(struct.PyTreeNode):
     """Labelled pairs with what the reference says of them; [batch] float32 each."""
 
     pairs: Comparisons
-    weight: jax.Array  # 0 for a pair without a label
     ref_a: jax.Array  # log-prob of response a, summed over its tokens
     ref_b: jax.Array
 
@@ -82,7 +81,7 @@ def loss_of_pairs(params, batch: PreferenceBatch, model: LanguageModel, config: 
     Implicit rewards are beta log(policy / reference) (Rafailov et al., arXiv 2305.18290, section 4); "chosen" is the
     response that the label prefers.
     """
-    a, b, prob_a, weight = batch.pairs.a, batch.pairs.b, batch.pairs.prob_a, batch.weight
+    a, b, prob_a, weight = batch.pairs.a, batch.pairs.b, batch.pairs.prob_a, batch.pairs.weight
     logprob_a, logprob_b = (_total_logprobs(model, params, x, config.sampling.temperature) for x in (a, b))
     ratio_a, ratio_b = logprob_a - batch.ref_a, logprob_b - batch.ref_b
     if config.length_normalise:
@@ -122,7 +121,7 @@ def _offline(run: Run, model: LanguageModel, reference):
     table = read_preferences(run)
     pairs = encode_comparisons(run, table)
     ref_a, ref_b = _stored_reference(run, model, reference, pairs)
-    whole = PreferenceBatch(pairs, np.ones_like(pairs.prob_a), ref_a, ref_b)
+    whole = PreferenceBatch(pairs, ref_a, ref_b)
     order = run.order_seed("preference")
     batches = shuffled_batches(range(len(ref_a)), config.batch_size, order, "preference.batch_size")
 
@@ -172,8 +171,7 @@ def _online(run: Run, model: LanguageModel, reference):
         ids = range(step * config.batch_size, (step + 1) * config.batch_size)
         judged = judge_pairs(judge, asked, plan, ids)
         prob_a, weight = _labels(run, judged, step)
-        labelled = Comparisons(*sides, shard_batch(prob_a, mesh))
-        batch = PreferenceBatch(labelled, shard_batch(weight, mesh), *references)
+        batch = PreferenceBatch(Comparisons(*sides, *shard_batch((prob_a, weight), mesh)), *references)
         lengths = host.response_mask.sum(axis=1)
         metrics = {
             "tokens": host.prompt_mask.sum() + lengths.sum(),

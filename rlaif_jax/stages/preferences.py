@@ -10,6 +10,7 @@ from rlaif_jax.config import PreferencesConfig
 from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.calibration import fit_temperature, scale
+from rlaif_jax.evaluation.panel import trust
 from rlaif_jax.files import read_parquet
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences
@@ -21,26 +22,32 @@ class Comparisons(struct.PyTreeNode):
     a: Sequences
     b: Sequences
     prob_a: np.ndarray  # [batch] float32
+    weight: np.ndarray  # [batch] float32, how much each counts; 0 for a pair without a label
+
+
+_COLUMNS = ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a", "weight")
 
 
 def read_preferences(run: Run) -> dict[str, list]:
-    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b` and `prob_a` of all labelled pairs.
+    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b`, `prob_a` and `weight` of all labelled pairs.
 
+    weight: how much each counts in training, from 0 to 1; less than 1 where a panel disagrees, if the config says so.
     Where there are labels of the judge and of people, they are mixed. Raises UserError where the label file is missing.
     """
     folder, config = run.folder("label"), run.config.preferences
     columns = _labelled(folder)
     if run.config.label.source != "human":
         columns["prob_a"] = _judged(run, columns)
+        columns = _trusted(run, columns)
     if run.config.label.source == "both":
         people = _labelled(folder / "people")
-        columns = {name: [*values, *people[name]] for name, values in columns.items()}
+        columns = {name: [*columns[name], *people[name]] for name in _COLUMNS}
     rng = np.random.default_rng(run.order_seed("preferences"))
     columns["prob_a"] = learned_labels(np.array(columns["prob_a"], float), config, rng).tolist()
     if run.config.label.source == "both":
         order = rng.permutation(len(columns["prob_a"]))
         columns = {name: [values[i] for i in order] for name, values in columns.items()}
-    return {name: columns[name] for name in ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a")}
+    return {name: columns[name] for name in _COLUMNS}
 
 
 def learned_labels(prob_a: np.ndarray, config: PreferencesConfig, rng: np.random.Generator) -> np.ndarray:
@@ -63,7 +70,8 @@ def encode_comparisons(run: Run, table: Mapping[str, list]) -> Comparisons:
             prompts, prompt_mask, *encode_responses(tokenizer, responses, policy.max_response_length, ended)
         )
 
-    return Comparisons(sequences("a"), sequences("b"), np.asarray(table["prob_a"], np.float32))
+    prob_a, weight = (np.asarray(table[name], np.float32) for name in ("prob_a", "weight"))
+    return Comparisons(sequences("a"), sequences("b"), prob_a, weight)
 
 
 def _labelled(folder: epath.Path) -> dict[str, list]:
@@ -73,7 +81,8 @@ def _labelled(folder: epath.Path) -> dict[str, list]:
     labels, candidates = read_parquet(file), read_parquet(folder / "candidates.parquet")
     for name in ("ended_a", "ended_b"):  # which the texts do not say
         labels = labels.append_column(name, candidates[name])
-    return labels.filter(np.asarray(labels["status"]) == "ok").to_pydict()
+    columns = labels.filter(np.asarray(labels["status"]) == "ok").to_pydict()
+    return columns | {"weight": [1.0] * len(columns["row"])}
 
 
 def _judged(run: Run, columns: dict[str, list]) -> np.ndarray:
@@ -82,6 +91,20 @@ def _judged(run: Run, columns: dict[str, list]) -> np.ndarray:
     name = "prob_a" if config.order == "both" else f"prob_a_{config.order}"
     temperature = _temperature(run, name) if config.calibrate else 1.0
     return scale(np.array(columns[name], float), temperature)
+
+
+def _trusted(run: Run, columns: dict[str, list]) -> dict[str, list]:
+    """What the disagreement of the panel leaves of its labels, each with its weight; all where a judge labelled."""
+    panel = run.config.panel
+    if panel.disagreement == "none":
+        return columns
+    weight = trust(np.array(columns["disagreement"], float), panel.disagreement, panel.max_disagreement)
+    columns = columns | {"weight": weight.tolist()}
+    if panel.disagreement == "filter":
+        kept = np.flatnonzero(weight)
+        print(f"labels: {len(weight) - len(kept)} of {len(weight)} left out, the panel disagrees on them", flush=True)
+        columns = {name: [values[i] for i in kept] for name, values in columns.items()}
+    return columns
 
 
 def _temperature(run: Run, name: str) -> float:

@@ -26,13 +26,14 @@ from rlaif_jax.training.step import train_step
 
 
 def reward_loss(params, batch: Comparisons, model: ScalarModel):
-    """Sum over pairs, their number, and sums of metrics: a `training.step.Loss`."""
+    """Weighted sum over pairs, their weight, and sums of metrics: a `training.step.Loss`."""
     reward_a = response_rewards(model, params, batch.a)
     reward_b = response_rewards(model, params, batch.b)
-    total, weight = bradley_terry_loss(reward_a, reward_b, batch.prob_a)
+    total, weight = bradley_terry_loss(reward_a, reward_b, batch.prob_a, batch.weight)
     difference = reward_a - reward_b
     agrees = (difference > 0) == (batch.prob_a > 0.5)
-    return total, weight, {"accuracy": (agrees.sum(), weight), "margin": (abs(difference).sum(), weight)}
+    metrics = {"accuracy": agrees, "margin": abs(difference)}
+    return total, weight, {name: ((batch.weight * value).sum(), weight) for name, value in metrics.items()}
 
 
 def run_reward_model(run: Run) -> None:
@@ -145,8 +146,8 @@ def score_texts(run: Run, params, pairs: Mapping[str, list], batch_size: int) ->
 
     A response that does not fit the policy's length is scored by what fits.
     """
-    ended = [True] * len(pairs["prompt"])
-    encoded = encode_comparisons(run, {**pairs, "ended_a": ended, "ended_b": ended})
+    ended, weight = [True] * len(pairs["prompt"]), [1.0] * len(pairs["prompt"])
+    encoded = encode_comparisons(run, {**pairs, "ended_a": ended, "ended_b": ended, "weight": weight})
     a, b = (score(run, run.scalar_model(), params, x, batch_size) for x in (encoded.a, encoded.b))
     return a, b
 

@@ -121,14 +121,17 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     with blame("policy.weights"):
         policy = run.model_config()
     check_decoder(policy, config.policy.max_prompt_length + config.policy.max_response_length)
-    with blame("judge.weights"):
-        judge = gguf.model_config(gguf.open_gguf(config.judge.weights))
-    if judge.max_position_embeddings < config.judge.max_length:
-        raise UserError(
-            f"config.judge.max_length={config.judge.max_length} is more than the {judge.max_position_embeddings} "
-            f"tokens that {config.judge.weights} can read"
-        )
-    for name, model in (("policy", run.language_model()), ("judge", LanguageModel(judge))):
+    models = {"policy": run.language_model()}
+    for name, judge in config.judges.items():
+        with blame(f"{name}.weights"):
+            shape = gguf.model_config(gguf.open_gguf(judge.weights))
+        if shape.max_position_embeddings < judge.max_length:
+            raise UserError(
+                f"config.{name}.max_length={judge.max_length} is more than the {shape.max_position_embeddings} "
+                f"tokens that {judge.weights} can read"
+            )
+        models[name] = LanguageModel(shape)
+    for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
     return run

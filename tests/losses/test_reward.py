@@ -7,17 +7,25 @@ from rlaif_jax.losses.reward import bradley_terry_loss
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(0, 2, (2, 16)).astype(np.float32)
 PROB = RNG.uniform(0, 1, 16).astype(np.float32)
+WEIGHT = RNG.uniform(0, 1, 16).astype(np.float32)
 
 
 def loss(a, b, prob):
-    return bradley_terry_loss(a, b, prob)[0]
+    return bradley_terry_loss(a, b, prob, np.ones_like(prob))[0]
 
 
 def test_it_is_the_cross_entropy_of_the_label():
     sigmoid = 1 / (1 + np.exp(np.float64(B) - A))
-    total, weight = bradley_terry_loss(A, B, PROB)
+    total, weight = bradley_terry_loss(A, B, PROB, np.ones(16, np.float32))
     np.testing.assert_allclose(total, -(PROB * np.log(sigmoid) + (1 - PROB) * np.log(1 - sigmoid)).sum(), rtol=1e-5)
     assert weight == 16
+
+
+def test_a_pair_counts_by_its_weight():
+    each = np.array([loss(A[i : i + 1], B[i : i + 1], PROB[i : i + 1]) for i in range(16)])
+    total, weight = bradley_terry_loss(A, B, PROB, WEIGHT)
+    np.testing.assert_allclose(total, WEIGHT @ each, rtol=1e-5)
+    np.testing.assert_allclose(weight, WEIGHT.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("label", "chosen", "rejected"), [(1, A, B), (0, B, A)])

@@ -47,7 +47,7 @@ def trained(problem, loss, beta):
     pairs, prob_a = pairs_of(problem)
     a, b = (sequences(problem, [pair[side] for pair in pairs]) for side in (0, 1))
     logprobs = jax.jit(lambda x: response_logprobs(model, reference, x, 1.0).sum(axis=1))
-    batch = PreferenceBatch(Comparisons(a, b, prob_a), np.ones_like(prob_a), logprobs(a), logprobs(b))
+    batch = PreferenceBatch(Comparisons(a, b, prob_a, np.ones_like(prob_a)), logprobs(a), logprobs(b))
     fields = {"loss": loss, "beta": beta, "length_normalise": False}
     config = quickstart_config().preference.__class__(**vars(quickstart_config().preference) | fields)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.01, STEPS))

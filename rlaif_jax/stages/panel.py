@@ -1,0 +1,115 @@
+"""Who labels: one judge, or a panel of them, whose labels are kept member by member and combined into one file."""
+
+import collections
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from rlaif_jax.errors import blame
+from rlaif_jax.evaluation.panel import combine, disagreement, enough, mean, vote_entropy
+from rlaif_jax.files import read_json, read_parquet, remove_leftovers, write_json, write_parquet
+from rlaif_jax.judge import store
+from rlaif_jax.judge.prompts import Pair, text_hash
+from rlaif_jax.judge.score import load_judge
+from rlaif_jax.stages.run import Run
+
+
+def labeller(run: Run) -> Callable[..., bool]:
+    """What labels pairs as `judge.store.label` does, whose arguments after the judge it takes."""
+    if run.config.panel.judges:
+        return functools.partial(label_by_panel, run)
+    return functools.partial(store.label, load_judge(run.config.judge, run.config.seed, run.placement))
+
+
+def label_by_panel(
+    run: Run, pairs: Sequence[Pair], folder: epath.Path, description: str, worker: store.Worker = store.ALONE
+) -> bool:
+    """Each member judges `pairs` into `folder`/panel/NAME; then their labels are combined into `folder`.
+
+    Returns False while labels of other workers are missing. Raises UserError as `judge.store.label` does: a member's
+    failures are held to its own `max_failure_rate`, and the panel's to that of `judge`.
+    """
+    folders = {name: folder / "panel" / name for name in run.config.panel.judges}
+    for name, own in folders.items():
+        if worker.count == 1:
+            remove_leftovers(own)
+        _label_by_member(run, name, pairs, own, f"{description}, {name}", worker)
+    # Whichever worker wrote the last of these tables comes here after it.
+    if not all((own / "preferences.parquet").exists() for own in folders.values()):
+        return False
+    manifests = {name: read_json(own / "manifest.json") for name, own in folders.items()}
+    provenance = _provenance(manifests, run.config.panel.combine)
+    table = _combined(folders, provenance, run.config.panel.combine)
+    statuses = collections.Counter(table["status"].to_pylist())
+    write_parquet(folder / "preferences.parquet", table)
+    members = {name: {key: value for key, value in manifest.items() if key != "shards"}
+               for name, manifest in manifests.items()}  # fmt: skip
+    manifest = provenance | {"combine": run.config.panel.combine, "rows": table.num_rows, "status": dict(statuses)}
+    write_json(folder / "manifest.json", manifest | {"members": members})
+    store.check_failures(statuses, run.config.judge.max_failure_rate, folder)
+    return True
+
+
+def _label_by_member(run: Run, name: str, pairs, folder: epath.Path, description: str, worker: store.Worker) -> None:
+    """A function of its own, so that no two judges are in memory."""
+    with blame(f"panel.judges.{name}"):
+        judge = load_judge(run.config.panel.judges[name], run.config.seed, run.placement)
+    store.label(judge, pairs, folder, description, worker)
+
+
+def _provenance(manifests: Mapping[str, dict], rule: str) -> dict[str, str]:
+    """What tells the panel's labels from another's, as of a judge: its members, the rule, and hashes of both."""
+    fields = ("judge_hash", "template", "template_hash")
+    judges, templates, hashes = ([manifest[name] for manifest in manifests.values()] for name in fields)
+    return {
+        "judge": f"panel: {', '.join(manifests)}",
+        "judge_hash": text_hash("\x00".join(judges)),
+        "template": f"{rule} of {'; '.join(templates)}",
+        "template_hash": text_hash("\x00".join((rule, *hashes))),
+    }
+
+
+def _combined(folders: Mapping[str, epath.Path], provenance: Mapping[str, str], rule: str) -> pa.Table:
+    """The label table of a panel: that of a judge, without rationales, axes and ratings, which are the members' own.
+
+    It also has `prob_a_members` (name -> probability, null where that member could not score the pair), `disagreement`
+    (variance), `vote_entropy` (nats) and `combine`. Probabilities of one order are the mean of the members', where all
+    of them have orders. Token counts are of all members together.
+    """
+    tables = {name: read_parquet(folder / "preferences.parquet") for name, folder in folders.items()}
+    some = next(iter(tables.values()))
+
+    def each(column: str) -> np.ndarray:  # [members, rows] float64, NaN for null
+        return np.array([table[column].to_numpy() for table in tables.values()], float)
+
+    prob_a = each("prob_a")
+    labelled, same = enough(prob_a), np.array(some["response_a"]) == np.array(some["response_b"])
+    columns = {name: some[name] for name in ("row", "prompt", "response_a", "response_b")}
+    columns |= {name: [value] * len(same) for name, value in provenance.items()}
+    columns["status"] = np.where(labelled, "ok", np.where(same, "identical", "panel_unscored")).tolist()
+    numbers = {"prob_a": combine(prob_a, rule), "answer_mass": mean(each("answer_mass"))}
+    for name in ("prob_a_forward", "prob_a_reversed"):
+        one_order = each(name)
+        if np.array_equal(np.isfinite(one_order), np.isfinite(prob_a)):
+            numbers[name] = mean(one_order)
+    numbers |= {"disagreement": disagreement(prob_a), "vote_entropy": vote_entropy(prob_a)}
+    columns |= {name: _nullable(np.where(labelled, values, np.nan)) for name, values in numbers.items()}
+    for name in ("tokens_forward", "tokens_reversed"):
+        columns[name] = each(name).sum(axis=0).astype(np.int32)
+    for name in ("hash_forward", "hash_reversed"):
+        columns[name] = [text_hash("\x00".join(hashes)) for hashes in zip(*(
+            table[name].to_pylist() for table in tables.values()), strict=True)]  # fmt: skip
+    columns["prob_a_members"] = pa.StructArray.from_arrays(list(map(_nullable, prob_a)), names=list(tables))
+    columns["combine"] = [rule] * len(same)
+    extra = (("prob_a_members", columns["prob_a_members"].type), ("disagreement", pa.float64()))
+    schema = pa.schema([*store.SCHEMA, *extra, ("vote_entropy", pa.float64()), ("combine", pa.string())])
+    nothing = pa.nulls(len(same))
+    return pa.table({name: columns.get(name, nothing) for name in schema.names}, schema=schema)
+
+
+def _nullable(values: np.ndarray) -> pa.Array:
+    """[rows] float64, NaN as null."""
+    return pa.array(values, pa.float64(), from_pandas=True)
