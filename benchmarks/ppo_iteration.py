@@ -24,6 +24,7 @@ from rlaif_jax.sampling.generate import generate
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.policy_update import update
+from rlaif_jax.training.reward_models import RewardModel
 from rlaif_jax.training.rollout import RLState, Sampled, initial_control, make_rollout
 from rlaif_jax.training.sequences import Sequences
 from rlaif_jax.training.state import init_state
@@ -44,6 +45,8 @@ def main() -> None:
     optimizer = make_optimizer(config.optimizer, 1000)
     value_params = init_parameters(scalar_model, jax.random.key(1), placement)
     policy = init_state(model, parameters, optimizer, placement)
+    members = jax.tree.map(lambda x: x[None], value_params)
+    reward_model = RewardModel(members, jnp.zeros(1), jnp.float32(0), jnp.float32(1), "mean", 0.0)
     value = init_state(scalar_model, value_params, optimizer, placement)
     control = jax.device_put(initial_control(config), placement.whole)
     state = RLState(policy.step, policy.params, policy.opt_state, policy.skipped, value, control, None)
@@ -64,7 +67,7 @@ def main() -> None:
         wait("sample", replies.samples)
         sequences = Sequences(prompts, mask, replies.samples.tokens, replies.samples.mask)
         sampled = Sampled(sequences, replies.samples.logprobs, replies.ended)
-        rollout, control, _, metrics = make_rollout(model, scalar_model, state, parameters, value_params, sampled,
+        rollout, control, _, metrics = make_rollout(model, scalar_model, state, parameters, reward_model, sampled,
                                                     no_scores, config=config)  # fmt: skip
         wait("score", rollout)
         state, more = wait(

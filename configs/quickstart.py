@@ -9,8 +9,9 @@ the result with where it started.
 Arms, one or more words with commas between them: default, which is ppo; reinforce, rloo, grpo (other algorithms on the
 same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); dpo, ipo, slic (the policy
 learns from the labels, no reward model); online_dpo (from pairs of the live policy, judged at once); best_of_n (it is
-tuned on the best of n of its own replies); panel (three prompts label, and their mean is learned: three times the
-labelling); smoke (the same judge on a fraction of the data, to see that everything runs).
+tuned on the best of n of its own replies); ensemble (PPO on the worst case of four reward models); panel (three prompts
+label, and their mean is learned: three times the labelling); smoke (the same judge on a fraction of the data, to see
+that everything runs).
 """
 
 from ml_collections import config_dict
@@ -42,6 +43,7 @@ ARMS = (
     "slic",
     "online_dpo",
     "best_of_n",
+    "ensemble",
     "panel",
 )
 
@@ -161,6 +163,12 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         max_skipped_updates=3,
         checkpoint_every=30,
         keep_best="",
+        members=1,
+        combine="mean",
+        uncertainty_coef=0.1,
+        margin=0.0,
+        centring=0.0,
+        train_pairs=0,  # all
         validation_pairs=48,  # labels kept from training
         calibrate=True,  # scale the rewards by what the held-out labels bear out
         min_evidence=2.0,  # standard errors by which they must beat chance, or they are set to 0
@@ -275,6 +283,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     if unknown := [word for word in words if word not in ARMS]:
         raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
     if "smoke" in words:
+        config.preference.steps, config.best_of_n.steps, config.best_of_n.prompts = 8, 8, 24
         corpus = config.data.embedded
         corpus.evaluation_combinations, corpus.evaluation_unseen_templates = 12, 4
         config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 48, 8, 4
@@ -289,8 +298,13 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     for loss in ("dpo", "ipo", "slic"):
         if {loss, f"online_{loss}"} & set(words):
             preference_losses(config, loss, f"online_{loss}" in words)
+    if config.preference.online:  # fewer updates, for each has pairs of its own to sample and to judge
+        config.preference.update(steps=24, checkpoint_every=8, samples_every=5)
+        config.preference.optimizer.learning_rate = 1e-3
     if "best_of_n" in words:
         config.stages = ("sft", "label", "reward_model", "best_of_n", "eval")
+    if "ensemble" in words:
+        config.reward_model.update(members=4, combine="min")
     if "panel" in words:
         panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
     return config

@@ -105,6 +105,12 @@ class RewardModelConfig:
     max_skipped_updates: int  # as in sft
     checkpoint_every: int  # steps
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
+    members: int  # trained side by side as one program, each with a head and an order of the data of its own
+    combine: str  # "mean", "min" (worst case), "uncertainty" or "weights" (their average), see losses/reward.py
+    uncertainty_coef: float  # of "uncertainty": what a unit of the members' variance takes away
+    margin: float  # by which the better response is to lead where a label is sure
+    centring: float  # coefficient of (reward_a + reward_b)^2
+    train_pairs: int  # labels that are trained on, the first of those not held out; 0: all
     validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
     calibrate: bool  # scale the rewards by the factor that predicts the held-out labels best
     min_evidence: float  # standard errors by which they must beat chance there, lest calibration sets them to 0

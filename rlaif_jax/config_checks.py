@@ -16,6 +16,7 @@ from rlaif_jax.judge.prompts import METHODS
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
+from rlaif_jax.losses.reward import COMBINATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
 from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import RULES
@@ -71,6 +72,13 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("preference.loss", f"one of {', '.join(PREFERENCE_LOSSES)}", lambda x: x in PREFERENCE_LOSSES),
     ("preference.sampling.temperature", "positive", lambda x: x > 0),
     ("preferences.smoothing", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
+    ("reward_model.combine", f"one of {', '.join(COMBINATIONS)}", lambda x: x in COMBINATIONS),
+    ("reward_model.members", "positive", lambda x: x > 0),
+    (
+        "reward_model.uncertainty_coef reward_model.margin reward_model.centring reward_model.train_pairs",
+        "0 or more",
+        (lambda x: x >= 0),
+    ),
     ("rl.rollout_lag", "0 or 1", lambda x: x in (0, 1)),
     ("rl.kl.placement", "reward or loss", lambda x: x in ("reward", "loss")),
     ("rl.kl.estimator", "k1, k2, k3 or full", lambda x: x in ("k1", "k2", "k3", "full")),
@@ -140,6 +148,10 @@ def check(config: Config, devices: int) -> None:
         _require(flat, f"data.{name}.kind", "set", bool)
     if config.preferences.calibrate and not config.label.audit_pairs:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
+    if config.reward_model.members == 1 and config.reward_model.combine != "mean":
+        raise UserError(
+            f"config.reward_model.combine={config.reward_model.combine} needs reward_model.members of 2 or more"
+        )
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
 

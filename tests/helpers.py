@@ -17,6 +17,7 @@ from rlaif_jax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.training.optimizer import OptimizerConfig
+from rlaif_jax.training.reward_models import RewardModel
 from rlaif_jax.training.sequences import Sequences
 
 EOS = 1
@@ -153,3 +154,9 @@ def central_differences(function, x, step: float = 1e-6) -> np.ndarray:
         moved[index] = step
         gradient[index] = (function(x + moved) - function(x - moved)) / (2 * step)
     return gradient
+
+
+def one_reward_model(params) -> RewardModel:
+    """Of one member, whose rewards count as they are."""
+    members = jax.tree.map(lambda x: x[None], params)
+    return RewardModel(members, jnp.zeros(1), jnp.float32(0), jnp.float32(1), "mean", 0.0)

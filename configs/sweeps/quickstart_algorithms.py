@@ -10,14 +10,14 @@ importance weights. The table has the paired differences from PPO, seed by seed.
 from ml_collections import config_dict
 
 from configs import quickstart
-from rlaif_jax.config import flatten, parse
+from configs.sweeps.parts import changes
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
     """The sweep, on an arm of the quickstart."""
     sweep = config_dict.ConfigDict()
     sweep.base = quickstart.get_config(arm)
-    arms = {name: _changes(arm, name) for name in ("ppo", "reinforce", "rloo", "grpo", "drlaif")}
+    arms = {name: changes(quickstart, arm, name) for name in ("ppo", "reinforce", "rloo", "grpo", "drlaif")}
     arms["lagged"] = {"rl.rollout_lag": 1, "rl.importance_cap": 2.0}
     sweep.arms = config_dict.ConfigDict(arms, allow_dotted_keys=True, sort_keys=False)
     sweep.seeds = (0, 1, 2)
@@ -31,10 +31,3 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         "response_length/rl",
     )
     return sweep
-
-
-def _changes(arm: str, algorithm: str) -> dict:
-    """The fields in which an algorithm's arm differs from the base."""
-    base, other = (flatten(parse(quickstart.get_config(name).to_dict())) for name in (arm, f"{arm},{algorithm}"))
-    changed = {name: value for name, value in other.items() if base[name] != value}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}

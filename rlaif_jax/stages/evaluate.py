@@ -19,9 +19,10 @@ from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.replies import keep_replies, padded_batches
-from rlaif_jax.stages.reward_model import centred_params, score_texts
+from rlaif_jax.stages.reward_model import load_reward_model, score_texts
 from rlaif_jax.stages.run import Run
-from rlaif_jax.training.sequences import Sequences, response_logprobs, response_rewards
+from rlaif_jax.training.reward_models import RewardModel, rewards_of
+from rlaif_jax.training.sequences import Sequences, response_logprobs
 
 Mean = Callable[[np.ndarray | Sequence[float]], Figure]  # values -> their mean with its interval
 
@@ -52,7 +53,7 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     """One response of each policy to each prompt, with its reward, length and log-ratio to the SFT policy."""
     model, scalar_model = run.language_model(), run.scalar_model()
     params = {name: run.trained_params(name, model) for name in ("sft", run.config.policy_stage)}
-    reward_params, config = _reward_params(run), run.config.evaluation
+    reward_model, config = _reward_model(run), run.config.evaluation
     columns: dict[str, list] = {"prompt": prompts}
     for name in params:
         # One key for all policies: what they differ in is then their own doing, not the luck of the draw.
@@ -63,7 +64,7 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
         measured_columns: dict[str, list] = {}
         for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
             measured = _measure(
-                model, scalar_model, params[name], params["sft"], reward_params, batch, config.sampling.temperature
+                model, scalar_model, params[name], params["sft"], reward_model, batch, config.sampling.temperature
             )
             for column, values in measured.items():
                 measured_columns.setdefault(f"{column}/{name}", []).extend(np.asarray(values, float)[:rows].tolist())
@@ -71,9 +72,9 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     return pa.table(columns)
 
 
-def _reward_params(run: Run) -> dict | None:
+def _reward_model(run: Run) -> RewardModel | None:
     """The reward model's, where the config trains one."""
-    return centred_params(run) if "reward_model" in run.config.stages else None
+    return load_reward_model(run) if "reward_model" in run.config.stages else None
 
 
 def _shards(run: Run, policy: str) -> epath.Path:
@@ -87,7 +88,7 @@ def _measure(
     scalar_model: ScalarModel,
     params,
     reference,
-    reward_params,
+    reward_model,
     sequences: Sequences,
     temperature: float,
 ) -> dict[str, jax.Array]:
@@ -99,8 +100,8 @@ def _measure(
     ref_logprobs = response_logprobs(model, reference, sequences, temperature or 1.0)
     kl = jnp.sum(k1(logprobs, ref_logprobs), axis=1)
     measured = {"kl": kl, "length": jnp.sum(sequences.response_mask, axis=1)}
-    if reward_params is not None:
-        measured["reward"] = response_rewards(scalar_model, reward_params, sequences)
+    if reward_model is not None:
+        measured["reward"] = rewards_of(scalar_model, reward_model, sequences)
     return measured
 
 
@@ -183,7 +184,7 @@ def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:
     scored = np.array(judged["status"]) == "ok"
     prob_a = np.array(judged["prob_a"], float)
     figures = {"judge_agreement/human": mean(agreement(prob_a[scored], chosen[scored]))}
-    if (params := _reward_params(run)) is not None:
+    if (params := _reward_model(run)) is not None:
         a, b = score_texts(run, params, comparisons, run.config.evaluation.batch_size)
         figures["reward_model_accuracy/human"] = mean(agreement(0.5 + 0.5 * np.sign(a - b), chosen))
     return figures

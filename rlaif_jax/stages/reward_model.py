@@ -1,35 +1,42 @@
 """The Bradley-Terry reward model: trained on the judge's soft labels, calibrated on labels that it did not see, and
-centred on samples of the SFT policy.
+centred on samples of the SFT policy. Several members are one program; how they are put together is for its readers.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
+from rlaif_jax.config import RewardModelConfig
 from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.audit import agreement
+from rlaif_jax.evaluation.calibration import expected_calibration_error
+from rlaif_jax.evaluation.statistics import Figure, bootstrap_ci, mean_ci
 from rlaif_jax.files import read_json, write_json
 from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, read_preferences
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
+from rlaif_jax.training.reward_models import RewardModel, member_rewards, rewards_of, side_by_side, stack
 from rlaif_jax.training.sequences import Sequences, response_rewards
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
 from rlaif_jax.training.step import train_step
 
 
-def reward_loss(params, batch: Comparisons, model: ScalarModel):
+def reward_loss(params, batch: Comparisons, model: ScalarModel, config: RewardModelConfig):
     """Weighted sum over pairs, their weight, and sums of metrics: a `training.step.Loss`."""
     reward_a = response_rewards(model, params, batch.a)
     reward_b = response_rewards(model, params, batch.b)
-    total, weight = bradley_terry_loss(reward_a, reward_b, batch.prob_a, batch.weight)
+    total, weight = bradley_terry_loss(reward_a, reward_b, batch.prob_a, batch.weight, config.margin, config.centring)
     difference = reward_a - reward_b
     agrees = (difference > 0) == (batch.prob_a > 0.5)
     metrics = {"accuracy": agrees, "margin": abs(difference)}
@@ -37,50 +44,127 @@ def reward_loss(params, batch: Comparisons, model: ScalarModel):
 
 
 def run_reward_model(run: Run) -> None:
-    """Reads `label/`; writes `reward_model/checkpoints` and `normalisation.json`. The last pairs are held out."""
-    config = run.config.reward_model
-    table = read_preferences(run)
+    """Reads `label/`; writes `reward_model/` checkpoints, normalisation.json and results.json.
+
+    The last pairs are held out. Each member has a head and an order of the data of its own.
+    """
+    config, table = run.config.reward_model, read_preferences(run)
     comparisons = encode_comparisons(run, table)
+    model, optimizer = run.scalar_model(), make_optimizer(config.optimizer, config.steps)
     trained = range(len(comparisons.prob_a) - config.validation_pairs)
-    batches = shuffled_batches(trained, config.batch_size, run.order_seed("reward_model"), "reward_model.batch_size")
-    model = run.scalar_model()
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    loss = functools.partial(reward_loss, model=model)
-    step_fn = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
-    step_fn = jax.jit(step_fn, donate_argnums=0)
+    batches = [
+        shuffled_batches(trained[: config.train_pairs or None], config.batch_size, seed, "reward_model.batch_size")
+        for seed in map(run.order_seed, _names(config.members))
+    ]
+    loss = functools.partial(reward_loss, model=model, config=config)
+    step_of_one = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step_fn(state: TrainState, batches: list[Comparisons]):
+        state, metrics = jax.vmap(step_of_one)(state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
+        counts = ("skipped", "skipped_updates")
+        return state, {name: jnp.sum(x) if name in counts else jnp.mean(x) for name, x in metrics.items()}
+
+    abstract = side_by_side(abstract_state(model, optimizer, run.placement), config.members)
 
     def init() -> TrainState:
-        params = init_parameters(model, run.key("reward_head"), run.placement)
-        params["decoder"] = run.trained_params("sft", run.language_model())["decoder"]
-        return init_state(model, params, optimizer, run.placement)
+        decoder = run.trained_params("sft", run.language_model())["decoder"]
+        heads = [init_parameters(model, run.key("reward_head", i), run.placement) for i in range(config.members)]
+        members = [init_state(model, head | {"decoder": decoder}, optimizer, run.placement) for head in heads]
+        return stack(members, abstract)
 
     def next_step(state: TrainState, step: int):
-        rows = np.asarray(batches[step])
-        batch = shard_batch(jax.tree.map(lambda x: x[rows], comparisons), run.placement.mesh)
-        state, metrics = step_fn(state, batch)
+        rows = np.stack([each[step] for each in batches])
+        of_members = [jax.tree.map(lambda x, rows=rows: x[rows], comparisons) for rows in rows]
+        state, metrics = step_fn(state, [shard_batch(batch, run.placement.mesh) for batch in of_members])
         tokens = sum(x.prompt_mask[rows].sum() + x.response_mask[rows].sum() for x in (comparisons.a, comparisons.b))
         params = state.params
-
-        def compared() -> list[dict]:
-            if step + 1 < config.steps:
-                return []
-            columns = (np.asarray(_rewards(model, params, x)).tolist() for x in (batch.a, batch.b))
-            return [
-                {name: table[name][row] for name in ("prompt", "response_a", "response_b", "prob_a")}
-                | {"reward_a": reward_a, "reward_b": reward_b}
-                for row, reward_a, reward_b in zip(rows, *columns, strict=True)
-            ]
-
-        return state, metrics | {"tokens": tokens}, compared
+        samples = lambda: _compared(run, params, table, comparisons, rows[0]) if step + 1 == config.steps else []  # noqa: E731
+        return state, metrics | {"tokens": tokens}, samples
 
     loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates)
-    abstract = abstract_state(model, optimizer, run.placement)
     state = train(run.folder("reward_model"), loop, abstract, init, next_step)
-    rewards = [score(run, model, state.params, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
-    normalisation = _normalisation(run, *rewards, comparisons.prob_a)
-    write_json(run.folder("reward_model") / "normalisation.json", normalisation)
+    _finish(run, state.params, table, comparisons)
+
+
+def _names(members: int) -> list[str]:
+    """What the order of each member's data is drawn from."""
+    return ["reward_model", *(f"reward_model {i}" for i in range(1, members))]
+
+
+def _compared(run: Run, params, table: Mapping[str, list], comparisons: Comparisons, rows: np.ndarray) -> list[dict]:
+    """Some pairs with what the reward model makes of them, for samples.jsonl."""
+    some = jax.tree.map(lambda x: x[rows], comparisons)
+    reward_model = _uncalibrated(run, params)
+    columns = (score(run, reward_model, x, len(rows)).tolist() for x in (some.a, some.b))
+    names = ("prompt", "response_a", "response_b", "prob_a")
+    return [
+        {name: table[name][row] for name in names} | {"reward_a": reward_a, "reward_b": reward_b}
+        for row, reward_a, reward_b in zip(rows, *columns, strict=True)
+    ]
+
+
+def _uncalibrated(run: Run, params) -> RewardModel:
+    """The reward model of trained parameters [members, ...], before what it says is centred and calibrated."""
+    config = run.config.reward_model
+    if config.combine == "weights":
+        params = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), params)
+    members = 1 if config.combine == "weights" else config.members
+    zero, one = (jax.device_put(jnp.float32(x), run.placement.whole) for x in (0, 1))
+    return RewardModel(params, jnp.zeros(members) + zero, zero, one, config.combine, config.uncertainty_coef)
+
+
+def _finish(run: Run, params, table: Mapping[str, list], comparisons: Comparisons) -> None:
+    """Centres and calibrates the members, and says how good they are together on the pairs held out."""
+    config, folder, reward_model = run.config.reward_model, run.folder("reward_model"), _uncalibrated(run, params)
+    members = [member_scores(run, reward_model, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
+    means = np.concatenate(members, axis=1).mean(axis=1)  # [members]
+    centred = reward_model.replace(means=means.astype(np.float32))
+    rewards = [score(run, centred, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
+    normalisation = _normalisation(run, *rewards, comparisons.prob_a) | {"member_means": means.tolist()}
+    write_json(folder / "normalisation.json", normalisation)
+    held_out = slice(len(table["prob_a"]) - config.validation_pairs, None)
+    pairs = {name: values[held_out] for name, values in table.items()}
+    lengths = [x.response_mask[held_out].sum(axis=1) for x in (comparisons.a, comparisons.b)]
+    a, b = (normalisation["scale"] * x[held_out] for x in rewards)
+    write_json(folder / "results.json", _figures(run, pairs, a, b, lengths, [x[:, held_out] for x in members]))
     if not normalisation["scale"]:
         print("reward_model: predicts held-out labels no better than chance; its rewards are set to 0", flush=True)
+
+
+def _figures(run: Run, pairs: Mapping[str, list], reward_a, reward_b, lengths, members) -> dict[str, Figure]:
+    """Accuracy, calibration and length correlation on held-out pairs; rewards are calibrated.
+
+    reward_a, reward_b: [pairs]. lengths: of responses a and b, [pairs] tokens each. members: their raw rewards of a
+    and b, [members, pairs] each.
+    """
+    if not len(reward_a):
+        return {}
+    resamples, seed = run.config.evaluation.bootstrap_samples, run.config.seed
+    prob_a, label = 1 / (1 + np.exp(reward_b - reward_a)), np.array(pairs["prob_a"])
+    figures = {"reward_model_accuracy/held_out": mean_ci(agreement(prob_a, label), resamples, seed)}
+    figures["reward_model_calibration/brier"] = mean_ci((prob_a - label) ** 2, resamples, seed)
+    figures["reward_model_calibration/ece"] = bootstrap_ci(
+        (prob_a, label), expected_calibration_error, resamples, seed, centred=True
+    )
+    if np.ptp(reward_a - reward_b) and np.ptp(lengths[0] - lengths[1]):
+        columns = (reward_a - reward_b, lengths[0] - lengths[1])
+        figures["reward_model_length_correlation"] = bootstrap_ci(columns, _rank_correlation, resamples, seed)
+    if truth := run.ground_truth():
+        rows = [dict(zip(pairs, row, strict=True)) for row in zip(*pairs.values(), strict=True)]
+        values = ground_truth_agreement(truth, rows, prob_a)
+        figures["reward_model_accuracy/held_out_ground_truth"] = mean_ci(values, resamples, seed)
+    if len(members[0]) > 1:
+        agree = (members[0] > members[1]) == (label > 0.5)
+        figures["reward_model_accuracy/mean_of_members"] = mean_ci(agree.mean(axis=0), resamples, seed)
+        spread = np.var(members[0] - members[1], axis=0)
+        figures["reward_model_disagreement"] = mean_ci(spread, resamples, seed)
+    return figures
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's; 0 where one of the two is all the same."""
+    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 def _normalisation(run: Run, reward_a: np.ndarray, reward_b: np.ndarray, prob_a: np.ndarray) -> dict:
@@ -118,38 +202,62 @@ def _losses(margins: np.ndarray, prob_a: np.ndarray) -> np.ndarray:
     return np.logaddexp(0, margins) - prob_a * margins
 
 
-def centred_params(run: Run) -> dict:
-    """The reward model's parameters with its head scaled and shifted: samples of the SFT policy have mean reward 0.
+def load_reward_model(run: Run) -> RewardModel:
+    """The trained reward model, scaled and shifted so that samples of the SFT policy have mean reward 0.
 
     (Stiennon et al., arXiv 2009.01325: only differences of rewards are trained, so the offset is free.)
     """
-    params = run.trained_params("reward_model", run.scalar_model())
     file = run.folder("reward_model") / "normalisation.json"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=reward_model to its end")
-    normalisation = read_json(file)
-    scale, bias = normalisation["scale"], params["bias"] - normalisation["mean"]
-    return params | {"kernel": scale * params["kernel"], "bias": scale * bias}
+    normalisation, whole = read_json(file), run.placement.whole
+    numbers = jax.device_put([np.float32(normalisation[name]) for name in ("mean", "scale")], whole)
+    means = jax.device_put(np.float32(normalisation["member_means"]), whole)
+    reward_model = _uncalibrated(run, _trained_members(run))
+    return reward_model.replace(means=means, offset=numbers[0], scale=numbers[1])
 
 
-def score(run: Run, model: ScalarModel, params, sequences: Sequences, batch_size: int) -> np.ndarray:
+def first_member(reward_model: RewardModel) -> dict:
+    """The parameters of the first member, with its centring and the scale in its head: what values may begin as."""
+    params = jax.tree.map(lambda x: x[0], reward_model.params)
+    bias = params["bias"] - reward_model.means[0] - reward_model.offset
+    return params | {"kernel": reward_model.scale * params["kernel"], "bias": reward_model.scale * bias}
+
+
+def _trained_members(run: Run) -> dict:
+    """The members' parameters at the end of the stage. Raises UserError where they are not there."""
+    config, model = run.config.reward_model, run.scalar_model()
+    return run.trained_params("reward_model", model, config.members)
+
+
+def score(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size: int) -> np.ndarray:
     """The reward of each response: [n] float32 on the host."""
-    rewards = [
-        np.asarray(_rewards(model, params, batch))[:rows]
-        for rows, batch in padded_batches(sequences, batch_size, run.placement)
+    return _in_batches(functools.partial(_rewards, run.scalar_model(), reward_model), run, sequences, batch_size)
+
+
+def member_scores(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size: int) -> np.ndarray:
+    """What each member says of each response by itself: [members, n] float32 on the host."""
+    of_batch = functools.partial(_member_rewards, run.scalar_model(), reward_model.params)
+    return _in_batches(of_batch, run, sequences, batch_size)
+
+
+def _in_batches(rewards: Callable[[Sequences], jax.Array], run: Run, sequences: Sequences, batch_size: int):
+    found = [
+        np.asarray(rewards(batch))[..., :rows] for rows, batch in padded_batches(sequences, batch_size, run.placement)
     ]
-    return np.concatenate(rewards)
+    return np.concatenate(found, axis=-1)
 
 
-def score_texts(run: Run, params, pairs: Mapping[str, list], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def score_texts(
+    run: Run, reward_model: RewardModel, pairs: Mapping[str, list], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The rewards of both responses of each pair (`prompt`, `response_a`, `response_b`): two [n] float32.
 
     A response that does not fit the policy's length is scored by what fits.
     """
     ended, weight = [True] * len(pairs["prompt"]), [1.0] * len(pairs["prompt"])
     encoded = encode_comparisons(run, {**pairs, "ended_a": ended, "ended_b": ended, "weight": weight})
-    a, b = (score(run, run.scalar_model(), params, x, batch_size) for x in (encoded.a, encoded.b))
-    return a, b
+    return tuple(score(run, reward_model, x, batch_size) for x in (encoded.a, encoded.b))
 
 
-_rewards = jax.jit(response_rewards, static_argnums=0)
+_rewards, _member_rewards = jax.jit(rewards_of, static_argnums=0), jax.jit(member_rewards, static_argnums=0)

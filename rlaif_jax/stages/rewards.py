@@ -11,6 +11,7 @@ from rlaif_jax.stages.replies import Replies
 from rlaif_jax.stages.reward_model import score
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.verifier import Verifier, find_verifier, verified
+from rlaif_jax.training.reward_models import RewardModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +51,19 @@ class TextRewards:
         return total.astype(np.float32), {f"reward/{name}": float(x.mean()) for name, x in known.items() if len(x)}
 
 
-def score_replies(run: Run, rewards: TextRewards, reward_params: dict | None, replies: Replies, prompts: list[str]):
+def score_replies(
+    run: Run, rewards: TextRewards, reward_model: RewardModel | None, replies: Replies, prompts: list[str]
+):
     """The score of each reply by all parts of `rl.rewards`, as RL would have it before normalisation: [n] float64.
 
-    prompts: one a reply. reward_params: of the reward model, None where it has no part. NaN where a part is missing.
+    prompts: one a reply. reward_model: None where it has no part. NaN where a part is missing.
     """
     config, lengths = run.config.rl, replies.sequences.response_mask.sum(axis=1)
     scores, _ = rewards(prompts, replies.texts, lengths)
     scores = scores.astype(float)
-    if reward_params is not None:
+    if reward_model is not None:
         batch_size = run.config.evaluation.batch_size
-        scores += config.rewards.reward_model * score(
-            run, run.scalar_model(), reward_params, replies.sequences, batch_size
-        )
+        scores += config.rewards.reward_model * score(run, reward_model, replies.sequences, batch_size)
     if config.penalise_missing_eos:
         scores = np.where(np.array(replies.ended) | np.isnan(scores), scores, config.missing_eos_reward)
     return scores

@@ -12,7 +12,7 @@ from rlaif_jax.data.packing import PackedRows, lay_out
 from rlaif_jax.errors import UserError
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.parallel.mesh import batch_sharding, shard_batch
-from rlaif_jax.stages.reward_model import centred_params
+from rlaif_jax.stages.reward_model import first_member, load_reward_model
 from rlaif_jax.stages.rewards import load_rewards
 from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
@@ -35,7 +35,7 @@ def run_rl(run: Run) -> None:
     what = "rl.batch_size / group_size"
     rollouts = Rollouts(run, "rl", count, config.group_size, config.sampling, what, one_shape)
     reference = run.trained_params("sft", model)
-    reward_params = centred_params(run) if config.rewards.reward_model else None
+    reward_model = load_reward_model(run) if config.rewards.reward_model else None
     text_rewards, demonstrations = load_rewards(run), _demonstrations(run)
 
     updates = config.steps * config.epochs * config.minibatches
@@ -74,7 +74,7 @@ def run_rl(run: Run) -> None:
             host_scores, text_metrics = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1))
             scores = shard_batch(host_scores, mesh)
         rollout, control, scores, metrics = make_rollout(
-            model, scalar_model, state, reference, reward_params, sampled, scores, config=config
+            model, scalar_model, state, reference, reward_model, sampled, scores, config=config
         )
         kl_coef, key = state.control.kl_coef, run.key("permutation", step)
         state = state.replace(control=None)
@@ -125,7 +125,7 @@ class _Watch:
 def _value_params(run: Run, reference) -> dict:
     """What the value network begins as (Huang et al.: the reward model; Lee et al.: the SFT policy)."""
     if run.config.rl.value_init == "reward_model":
-        return centred_params(run)
+        return first_member(load_reward_model(run))
     return init_parameters(run.scalar_model(), run.key("value_head"), run.placement) | {"decoder": reference["decoder"]}
 
 

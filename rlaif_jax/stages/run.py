@@ -28,6 +28,7 @@ from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import make_mesh
 from rlaif_jax.stages.folders import cell_stages
 from rlaif_jax.training.checkpoints import restore_params
+from rlaif_jax.training.reward_models import side_by_side
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "gguf")
 
@@ -91,11 +92,16 @@ class Run:
         """The policy's tokenizer, which the SFT stage has saved."""
         return tokenizers.from_folder(self.folder("sft") / "tokenizer")
 
-    def trained_params(self, stage: str, model: LanguageModel | ScalarModel):
-        """The parameters at the end of a stage, never those before. Raises UserError where they are not there."""
+    def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0):
+        """The parameters at the end of a stage, never those before. Raises UserError where they are not there.
+
+        members: of models that were trained side by side, each leaf [members, ...]; 0 for one without that axis.
+        """
+        abstract = abstract_parameters(model, self.placement)
+        abstract = side_by_side(abstract, members) if members else abstract
         last = getattr(self.config, stage).steps
         try:
-            return restore_params(self.folder(stage) / "checkpoints", last, abstract_parameters(model, self.placement))
+            return restore_params(self.folder(stage) / "checkpoints", last, abstract)
         except UserError as error:
             raise UserError(
                 f"{error}. Delete {self.record(stage)}, and the same command trains stage {stage} again from its last "

@@ -16,7 +16,8 @@ from rlaif_jax.losses.kl import adapt, k1, k2, k3
 from rlaif_jax.losses.logprobs import entropy_and_kl
 from rlaif_jax.losses.policy import truncated_weights
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel, unembedding
-from rlaif_jax.training.sequences import Sequences, logprobs_of, response_rewards, response_states, response_values
+from rlaif_jax.training.reward_models import RewardModel, rewards_of
+from rlaif_jax.training.sequences import Sequences, logprobs_of, response_states, response_values
 from rlaif_jax.training.state import TrainState
 
 
@@ -129,7 +130,7 @@ def make_rollout(
     scalar_model: ScalarModel,
     state: RLState,
     reference,
-    reward_params,
+    reward_model: RewardModel | None,
     sampled: Sampled,
     scores: jax.Array,
     *,
@@ -137,7 +138,7 @@ def make_rollout(
 ) -> tuple[Rollout, Control, jax.Array, dict[str, jax.Array]]:
     """Everything that the updates need.
 
-    reward_params: of the reward model; None where it has no part in the reward.
+    reward_model: None where it has no part in the reward.
     scores: [batch] float32, the other parts of the reward, NaN where there is none to be had.
 
     Returns (rollout, the control of the next iteration, scores with all parts [batch], metrics).
@@ -149,8 +150,8 @@ def make_rollout(
     ref_logprobs = logprobs_of(ref_states, reference, sequences, temperature)
     matrices = unembedding(state.params), unembedding(reference)
     entropy, full_kl = entropy_and_kl(states, matrices[0], ref_states, matrices[1], temperature)
-    if reward_params is not None:
-        scores = scores + config.rewards.reward_model * response_rewards(scalar_model, reward_params, sequences)
+    if reward_model is not None:
+        scores = scores + config.rewards.reward_model * rewards_of(scalar_model, reward_model, sequences)
 
     valid = jnp.isfinite(scores)
     mask = sequences.response_mask & valid[:, None]

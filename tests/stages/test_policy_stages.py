@@ -142,7 +142,7 @@ def test_the_best_of_n_is_what_the_policy_is_tuned_on(judge, labelled, tmp_path,
 
 @pytest.mark.slow
 def test_replies_without_a_score_are_never_chosen(judge, labelled, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(best_of_n, "score_replies", lambda run, rewards, params, replies, prompts: np.where(
+    monkeypatch.setattr(best_of_n, "score_replies", lambda run, rewards, reward_model, replies, prompts: np.where(
         np.arange(len(prompts)) % 3 == 0, np.nan, -(np.arange(len(prompts)) % 3.0)))  # fmt: skip
     options = (*BEST, "--config.best_of_n.steps=1", "--stages=best_of_n")
     assert main(begun(judge, labelled, tmp_path / "run", *options)) == 2
@@ -159,6 +159,7 @@ BAD = {
     "loss": (["config.preference.loss=kto"], ["preference.loss='kto'", "dpo, ipo, slic"]),
     "beta": (["config.preference.beta=0.0"], ["preference.beta=0.0", "positive"]),
     "smoothing": (["config.preferences.smoothing=0.5"], ["preferences.smoothing=0.5"]),
+    "one member": (["config.reward_model.combine=min"], ["combine=min needs reward_model.members of 2"]),
     "one": (["config.best_of_n.samples=1"], ["best_of_n.samples=1", "2 or more"]),
     "too large": (["config.stages=('sft','label','preference','eval')", "config.preference.batch_size=800"], (
         ["preference.batch_size makes a batch of 800"])),
@@ -171,3 +172,24 @@ def test_what_can_not_be_trained_is_one_clear_line(judge, labelled, tmp_path, ca
     assert main(begun(judge, labelled, tmp_path / "run", *(f"--{option}" for option in options))) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
     assert len(error) == 1 and all(word in error[0] for word in words), error
+
+
+MEMBERS = ("--config.stages=('sft','label','reward_model','rl','eval')", "--config.reward_model.members=3")
+
+
+@pytest.mark.parametrize("how", ["min", pytest.param("weights", marks=pytest.mark.slow)])
+def test_reward_models_side_by_side_are_one_reward(judge, labelled, tmp_path, how):
+    options = (*MEMBERS, f"--config.reward_model.combine={how}", "--config.reward_model.train_pairs=8")
+    options += ("--config.reward_model.centring=0.01", "--config.reward_model.margin=0.1")
+    if how == "weights":  # of rewards that are not set to 0, though they are of a random judge
+        options += ("--config.reward_model.calibrate=False",)
+    stages = ("--config.rl.steps=2", "--stages=reward_model,rl")
+    assert main(begun(judge, labelled, tmp_path / "run", *options, *stages)) == 0
+    folder = tmp_path / "run" / "reward_model"
+    assert len(json.loads((folder / "normalisation.json").read_text())["member_means"]) == (
+        1 if how == "weights" else 3
+    )
+    results = json.loads((folder / "results.json").read_text())
+    assert results["reward_model_accuracy/held_out"]["n"] == 4
+    assert ("reward_model_disagreement" in results) == (how == "min")
+    assert all(np.isfinite(line["reward/mean"]) for line in lines(tmp_path / "run", "rl"))

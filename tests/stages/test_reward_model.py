@@ -6,9 +6,15 @@ import pytest
 
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.stages.reward_model import Comparisons, calibrated_scale, reward_loss
-from tests.helpers import TINY, random_params, random_sequences
+from rlaif_jax.training.optimizer import make_optimizer
+from rlaif_jax.training.reward_models import RewardModel, rewards_of, side_by_side, stack
+from rlaif_jax.training.sequences import response_rewards
+from rlaif_jax.training.state import abstract_state, init_state
+from rlaif_jax.training.step import train_step
+from tests.helpers import TINY, one_device, optimizer_config, quickstart_config, random_params, random_sequences
 
 RNG = np.random.default_rng(0)
+CONFIG = quickstart_config().reward_model
 TRUE = RNG.normal(0, 1, 2000)  # differences of the rewards behind the labels
 
 
@@ -42,9 +48,46 @@ def test_a_pair_without_weight_is_as_one_that_is_not_there():
     a, b, other = (random_sequences(seed, 8) for seed in range(3))
     weight, prob = np.repeat(np.float32([1, 0]), 4), RNG.uniform(0.6, 1, 8).astype(np.float32)
     model = ScalarModel(TINY)
-    loss = functools.partial(jax.jit(reward_loss, static_argnames="model"), random_params(model), model=model)
+    loss = functools.partial(
+        jax.jit(reward_loss, static_argnames=("model", "config")), random_params(model), model=model, config=CONFIG
+    )
     half_other = jax.tree.map(lambda x, y: np.concatenate([x[:4], y[4:]]), a, other)
     expected = loss(Comparisons(a, b, prob, weight))
     jax.tree.map(np.testing.assert_array_equal, loss(Comparisons(half_other, b, prob, weight)), expected)
     assert expected[1] == expected[2]["accuracy"][1] == 4
     assert loss(Comparisons(a, b, prob, np.ones_like(weight)))[0] != expected[0]
+
+
+def labelled(seed, rows=8):
+    prob = np.random.default_rng(seed).uniform(0, 1, rows).astype(np.float32)
+    return Comparisons(random_sequences(seed, rows), random_sequences(seed + 100, rows), prob, np.ones_like(prob))
+
+
+def test_members_of_one_program_are_trained_as_each_alone():
+    model, optimizer, placement = ScalarModel(TINY), make_optimizer(optimizer_config(), 10), one_device()
+    loss = functools.partial(reward_loss, model=model, config=CONFIG)
+    step = jax.jit(functools.partial(train_step, loss=loss, optimizer=optimizer))
+    alone = [init_state(model, random_params(model, seed=i), optimizer, placement) for i in range(3)]
+    together = stack(alone, side_by_side(abstract_state(model, optimizer, placement), 3))
+    for _ in range(2):
+        batches = [labelled(i) for i in range(3)]
+        together, metrics = jax.jit(jax.vmap(functools.partial(train_step, loss=loss, optimizer=optimizer)))(
+            together, jax.tree.map(lambda *x: np.stack(x), *batches))  # fmt: skip
+        alone, losses = zip(*((state, metrics["loss"]) for state, metrics in map(step, alone, batches)), strict=True)
+        np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    for i, state in enumerate(alone):
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, atol=2e-4), together.params, state.params)
+
+
+@pytest.mark.parametrize("how", ["mean", "min", "uncertainty"])
+def test_members_come_to_one_reward_that_is_centred_and_scaled(how):
+    model, sequences, members = ScalarModel(TINY), random_sequences(0, 8), [random_params(ScalarModel(TINY), i)
+                                                                            for i in range(3)]  # fmt: skip
+    each = np.stack([response_rewards(model, params, sequences) for params in members]).astype(float)
+    means = each.mean(axis=1)
+    centred = each - means[:, None]
+    expected = {"mean": centred.mean(0), "min": centred.min(0), "uncertainty": centred.mean(0) - 0.5 * centred.var(0)}
+    stacked = jax.tree.map(lambda *x: np.stack(x), *members)
+    reward_model = RewardModel(stacked, np.float32(means), np.float32(0.25), np.float32(3), how, 0.5)
+    found = jax.jit(rewards_of, static_argnums=0)(model, reward_model, sequences)
+    np.testing.assert_allclose(found, 3 * (expected[how] - 0.25), rtol=1e-4, atol=1e-5)

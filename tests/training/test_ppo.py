@@ -27,6 +27,7 @@ from tests.helpers import (
     STOPPING,
     full_logits,
     one_device,
+    one_reward_model,
     optimizer_config,
     random_params,
     random_sequences,
@@ -70,14 +71,14 @@ def sampled(state):
     return Sampled(sequences, samples.logprobs, replies.ended)
 
 
-def roll_out(state, sampled, reference=None, scores=None, reward_params="random", config=CONFIG):
+def roll_out(state, sampled, reference=None, scores=None, reward_model="random", config=CONFIG):
     """(rollout, scores, metrics); by default the reward model alone gives the scores."""
     rollout, _, scores, metrics = make_rollout(
         LANGUAGE,
         SCALAR,
         state,
         state.params if reference is None else reference,
-        random_params(SCALAR, seed=1) if reward_params == "random" else reward_params,
+        one_reward_model(random_params(SCALAR, seed=1)) if reward_model == "random" else reward_model,
         sampled,
         np.zeros(CONFIG.batch_size, np.float32) if scores is None else scores,
         config=config,
@@ -222,7 +223,7 @@ def test_a_response_without_a_score_counts_for_nothing(state, sampled):
     state = state.replace(value=None)
     scores = np.arange(16, dtype=np.float32)
     scores[[2, 12, 13, 14, 15]] = np.nan
-    rollout, _, metrics = roll_out(state, sampled, scores=scores, reward_params=None, config=config)
+    rollout, _, metrics = roll_out(state, sampled, scores=scores, reward_model=None, config=config)
     assert metrics["reward/unscored"] == 5 / 16
     known = np.isfinite(scores)
     np.testing.assert_allclose(metrics["reward/mean"], scores[known].mean(), rtol=1e-6)

@@ -20,6 +20,7 @@ from tests.helpers import (
     assert_trees_close,
     eight_devices,
     one_device,
+    quickstart_config,
     random_params,
     random_sequences,
     rl_config,
@@ -41,7 +42,7 @@ def loss_sft():
 
 def loss_reward():
     pairs = Comparisons(SEQUENCES, random_sequences(1, 8), RNG.uniform(0, 1, 8).astype(np.float32))
-    return SCALAR, functools.partial(reward_loss, model=SCALAR), pairs
+    return SCALAR, functools.partial(reward_loss, model=SCALAR, config=quickstart_config().reward_model), pairs
 
 
 def noise(scale, mask):

@@ -1,0 +1,48 @@
+"""Reward models that were trained side by side, and the one reward that they come to."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlaif_jax.losses.reward import combine
+from rlaif_jax.models.transformer import ScalarModel
+from rlaif_jax.training.sequences import Sequences, response_rewards
+
+
+class RewardModel(struct.PyTreeNode):
+    """One or more members, and how their rewards are put together, centred and calibrated."""
+
+    params: dict  # each leaf [members, ...]
+    means: jax.Array  # [members] float32: of each member's rewards on samples of the SFT policy
+    offset: jax.Array  # [] float32: the mean of what the members come to there
+    scale: jax.Array  # [] float32: the calibration of that
+    how: str = struct.field(pytree_node=False)  # a name in `losses.reward.COMBINATIONS`
+    uncertainty_coef: float = struct.field(pytree_node=False)
+
+
+def rewards_of(model: ScalarModel, reward_model: RewardModel, sequences: Sequences) -> jax.Array:
+    """The reward of each response: [batch] float32."""
+    each = member_rewards(model, reward_model.params, sequences) - reward_model.means[:, None]
+    return reward_model.scale * (combine(each, reward_model.how, reward_model.uncertainty_coef) - reward_model.offset)
+
+
+def member_rewards(model: ScalarModel, params, sequences: Sequences) -> jax.Array:
+    """What each member says: [members, batch] float32. params: each leaf [members, ...]."""
+    return jax.vmap(response_rewards, in_axes=(None, 0, None))(model, params, sequences)
+
+
+def side_by_side(abstract, members: int):
+    """Shapes and shardings of so many states or parameter trees as one, each leaf with a first axis of members."""
+
+    def stacked(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
+        return jax.ShapeDtypeStruct((members, *x.shape), x.dtype, sharding=sharding)
+
+    return jax.tree.map(stacked, abstract)
+
+
+def stack(trees: list, abstract):
+    """Trees as one, on the shardings of `abstract` (`side_by_side`)."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=shardings)(trees)
