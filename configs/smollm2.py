@@ -27,5 +27,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.sft.optimizer.learning_rate = 5e-5
     config.reward_model.optimizer.learning_rate = 1e-5
     config.rl.optimizer.learning_rate = 1e-6
+    config.preference.optimizer.learning_rate = 1e-6
+    config.best_of_n.optimizer.learning_rate = 5e-5
     config.rl.value_optimizer.learning_rate = 5e-6
     return config

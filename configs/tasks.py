@@ -17,6 +17,9 @@ An arm is one or more words with commas between them, e.g. `--config=configs/tld
     self         policy and judge are the same checkpoint
     drlaif       the judge's rating of each response is the reward: no labels, no reward model
     reinforce, ppo, rloo, grpo  the algorithm; the default is the paper's, REINFORCE with a value baseline
+    dpo, ipo, slic              the policy learns from the labels, no reward model
+    online_dpo, online_ipo, online_slic   from pairs of the live policy, judged at once
+    best_of_n    it is tuned on the best of n of its own replies, by the reward model
     smoke        a small policy from scratch on a few rows: minutes on a CPU
     local, hub   where the data comes from: JSON lines in `data.root`, or the public sets on the Hugging Face hub
                  (the default is the hub, for smoke local)
@@ -29,7 +32,7 @@ SmolLM2-135M-Instruct (Apache-2.0) until `--config.policy.weights` and `--config
 from ml_collections import config_dict
 
 from configs import quickstart
-from configs.parts import direct_rlaif, group, optimizer, panel, rl_losses, teacher
+from configs.parts import direct_rlaif, group, optimizer, panel, preference_losses, rl_losses, teacher
 
 ARMS = (
     "rlaif",
@@ -46,11 +49,13 @@ ARMS = (
     "teacher_sft",
     "self",
     "drlaif",
+    "best_of_n",
 )
 ALGORITHMS = ("reinforce", "ppo", "rloo", "grpo")
+PREFERENCE_LOSSES = ("dpo", "ipo", "slic", "online_dpo", "online_ipo", "online_slic")
 # What a teacher is asked for where the prompt itself does not say it.
 _ASKED = {layout: "Summarise this in one short sentence.\n\n{prompt}" for layout in ("tldr", "abstract")}
-WORDS = (*ARMS, *ALGORITHMS, "smoke", "local", "hub")
+WORDS = (*ARMS, *ALGORITHMS, *PREFERENCE_LOSSES, "smoke", "local", "hub")
 
 
 def task(
@@ -78,6 +83,11 @@ def task(
     rl_losses(config, next((word for word in words if word in ALGORITHMS), "reinforce"))
     if "drlaif" in words:
         direct_rlaif(config, template)
+    for loss in PREFERENCE_LOSSES:
+        if loss in words:
+            preference_losses(config, loss.removeprefix("online_"), online=loss.startswith("online_"))
+    if "best_of_n" in words:
+        config.stages = ("sft", "label", "reward_model", "best_of_n", "eval")
     if "comparisons" not in sources:
         config.label.audit_pairs = 0
     if "rlhf" in words:
@@ -155,6 +165,12 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         max_skipped_updates=10,
         checkpoint_every=200,
         keep_best="",
+        members=1,
+        combine="mean",
+        uncertainty_coef=0.1,
+        margin=0.0,
+        centring=0.0,
+        train_pairs=0,  # all
         validation_pairs=1024,
         calibrate=False,
         min_evidence=2.0,
@@ -166,6 +182,13 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     config.rl.kl.coef = 0.05
     config.rl.optimizer = optimizer(1e-5, **constant)
     config.rl.value_optimizer = optimizer(1e-5, **constant)
+    # Guo et al. (arXiv 2402.04792): 2,000 steps of 128 pairs.
+    config.preference.update(steps=2_000, batch_size=128, checkpoint_every=100, samples_every=50)
+    config.preference.sampling.temperature = 0.9
+    config.preference.optimizer = optimizer(5e-7, schedule="constant", warmup_steps=150, weight_decay=0.0)
+    config.best_of_n.update(prompts=20_000, steps=900, batch_size=64, checkpoint_every=100, commit_every=1024)
+    config.best_of_n.sampling.temperature = 0.9
+    config.best_of_n.optimizer = optimizer(1e-5, **constant)
     config.evaluation.sampling.temperature = 0.9
     config.evaluation.batch_size = 128
 
@@ -190,6 +213,9 @@ def _smoke(config: config_dict.ConfigDict) -> None:
     config.reward_model.update(steps=6, batch_size=8, checkpoint_every=2, validation_pairs=4)
     config.rl.update(steps=3, batch_size=16, checkpoint_every=1, samples_every=1)
     config.rl.optimizer, config.rl.value_optimizer = small.rl.optimizer, small.rl.value_optimizer
+    config.preference, config.best_of_n = small.preference, small.best_of_n
+    config.preference.update(steps=3, batch_size=4, checkpoint_every=1, samples_every=1)
+    config.best_of_n.update(steps=3, batch_size=4, prompts=12, samples=2, commit_every=8, checkpoint_every=1)
     config.evaluation.batch_size = 8
     limits = dict(demonstrations=400, train_prompts=200, evaluation_prompts=6, comparisons=100)
     for name, limit in (limits | {"evaluation_comparisons": 6}).items():
