@@ -7,15 +7,27 @@ the result with where it started.
     python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Arms, one or more words with commas between them: default, which is ppo; reinforce, rloo, grpo (other algorithms on the
-same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); smoke (the same judge on a
+same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); overoptimisation (no KL penalty
+and a long RL, held against the ground truth, as is best of n: docs/overoptimisation.md); smoke (the same judge on a
 fraction of the data, to see that everything runs).
 """
 
 from ml_collections import config_dict
 
-from configs.parts import direct_rlaif, embedded_corpus, group, optimizer, rl_losses, sampling, source, teacher
+from configs.parts import (
+    direct_rlaif,
+    embedded_corpus,
+    group,
+    no_gold,
+    optimizer,
+    overoptimisation,
+    rl_losses,
+    sampling,
+    source,
+    teacher,
+)
 
-ARMS = ("default", "smoke", "ppo", "reinforce", "rloo", "grpo", "drlaif")
+ARMS = ("default", "smoke", "ppo", "reinforce", "rloo", "grpo", "drlaif", "overoptimisation")
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
@@ -167,6 +179,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             clip=0.0,
             max_unscored_rate=0.02,  # of an iteration's responses
         ),
+        gold=no_gold("everyday_requests"),
         penalise_missing_eos=True,
         missing_eos_reward=-1.0,
         kl=group(
@@ -213,6 +226,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         bootstrap_samples=2000,
         shown_samples=4,
     )
+    config.overoptimisation = overoptimisation()
     words = arm.split(",")
     if unknown := [word for word in words if word not in ARMS]:
         raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
@@ -228,4 +242,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.rl.optimizer.learning_rate = config.rl.value_optimizer.learning_rate = 1e-3
     if "drlaif" in words:
         direct_rlaif(config, "everyday_requests")
+    if "overoptimisation" in words:
+        config.stages = (*config.stages, "overoptimisation")
+        config.rl.gold.verifier = 1.0
+        config.rl.kl.coef = 0.0
+        config.rl.steps = 10 if "smoke" in words else 96
     return config

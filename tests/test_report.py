@@ -14,9 +14,11 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.report import main, write_report
 from rlaif_jax.reporting.calibration import calibrate
 from rlaif_jax.reporting.checks import run_checks
-from rlaif_jax.reporting.read import STAGES, read_run
+from rlaif_jax.reporting import read as reading
+from rlaif_jax.reporting.read import read_run
 from rlaif_jax.reporting.verdict import judge
 from rlaif_jax.stages import pipeline
+from tests.helpers import STAGES
 from tests.report_run import HOSTILE, figure, figures, write, write_run
 
 
@@ -208,7 +210,7 @@ def test_the_same_run_makes_the_same_page(run, page):
 
 
 def test_the_stages_are_those_of_the_pipeline():
-    assert tuple(pipeline.STAGES) == STAGES
+    assert tuple(pipeline.STAGES) == reading.STAGES
 
 
 @pytest.mark.parametrize("done", [0, 2, 4])

@@ -14,10 +14,9 @@ from configs.sweeps import quickstart_algorithms, quickstart_kl
 from rlaif_jax import compare, main, sweep
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json, write_json
-from rlaif_jax.stages import rl
+from rlaif_jax.stages import pipeline, rl
 from rlaif_jax.stages import run as runs
-from rlaif_jax.stages.pipeline import STAGES
-from tests.helpers import one_device_mesh
+from tests.helpers import STAGES, one_device_mesh
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 SWEEP = """
@@ -59,7 +58,7 @@ class FakeStages:
         self.calls = []
         self.error = lambda stage, run: None  # an exception to raise at the end of the stage
         for stage in STAGES:
-            monkeypatch.setitem(STAGES, stage, lambda run, stage=stage: self.run(stage, run))
+            monkeypatch.setitem(pipeline.STAGES, stage, lambda run, stage=stage: self.run(stage, run))
 
     def run(self, stage, run):
         self.calls.append((stage, run.config.rl.kl.coef, run.config.seed))

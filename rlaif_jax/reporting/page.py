@@ -27,6 +27,7 @@ _STAGE_TITLES = {
     "reward_model": "Reward model",
     "rl": "RL",
     "eval": "Evaluation",
+    "overoptimisation": "Over-optimisation",
 }
 # Of each stage: metric, and the level that knowing nothing would reach.
 _CURVES = {

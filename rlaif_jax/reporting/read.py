@@ -10,7 +10,14 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import cell_stages
 
-STAGES = ("sft", "label", "reward_model", "rl", "eval")  # those of stages/pipeline.py, without importing JAX
+STAGES = (
+    "sft",
+    "label",
+    "reward_model",
+    "rl",
+    "eval",
+    "overoptimisation",
+)  # those of stages/pipeline.py, without importing JAX
 
 # Whether a reply to a prompt is good; None for a prompt that the ground truth does not know.
 GroundTruth = Callable[[str, str], bool | None]

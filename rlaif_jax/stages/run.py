@@ -121,15 +121,21 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     with blame("policy.weights"):
         policy = run.model_config()
     check_decoder(policy, config.policy.max_prompt_length + config.policy.max_response_length)
-    with blame("judge.weights"):
-        judge = gguf.model_config(gguf.open_gguf(config.judge.weights))
-    if judge.max_position_embeddings < config.judge.max_length:
-        raise UserError(
-            f"config.judge.max_length={config.judge.max_length} is more than the {judge.max_position_embeddings} "
-            f"tokens that {config.judge.weights} can read"
-        )
-    for name, model in (("policy", run.language_model()), ("judge", LanguageModel(judge))):
-        with blame(f"mesh does not fit the {name}"):
+    models = {"the policy": run.language_model()}
+    judges = {"judge.weights": config.judge.weights}
+    if config.rl.gold.judge and config.rl.gold.judge_weights:
+        judges["rl.gold.judge_weights"] = config.rl.gold.judge_weights
+    for field, weights in judges.items():
+        with blame(field):
+            judge = gguf.model_config(gguf.open_gguf(weights))
+        if judge.max_position_embeddings < config.judge.max_length:
+            raise UserError(
+                f"config.judge.max_length={config.judge.max_length} is more than the {judge.max_position_embeddings} "
+                f"tokens that {weights} can read"
+            )
+        models["the judge" if field == "judge.weights" else "the gold judge"] = LanguageModel(judge)
+    for name, model in models.items():
+        with blame(f"mesh does not fit {name}"):
             run.placement.parameters(model)
     return run
 
