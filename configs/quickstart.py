@@ -246,5 +246,5 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.stages = (*config.stages, "overoptimisation")
         config.rl.gold.verifier = 1.0
         config.rl.kl.coef = 0.0
-        config.rl.steps = 10 if "smoke" in words else 96
+        config.rl.steps = 8 if "smoke" in words else 40
     return config

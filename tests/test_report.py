@@ -12,9 +12,9 @@ from etils import epath
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.report import main, write_report
+from rlaif_jax.reporting import read as reading
 from rlaif_jax.reporting.calibration import calibrate
 from rlaif_jax.reporting.checks import run_checks
-from rlaif_jax.reporting import read as reading
 from rlaif_jax.reporting.read import read_run
 from rlaif_jax.reporting.verdict import judge
 from rlaif_jax.stages import pipeline

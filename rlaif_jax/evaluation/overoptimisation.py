@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from rlaif_jax.evaluation.statistics import Figure
-
 UNKNOWN = {"mean": None, "ci95": [None, None], "n": 0}
 
 
@@ -141,7 +139,7 @@ def _peak(fitted: dict, place, distances: np.ndarray) -> dict:
     if draws is None:
         return {"peak": unknown, "peak_reason": "there are too few different distances to fit the law to"}
     if beta["ci95"][0] <= 0:
-        return {"peak": unknown, "peak_reason": "the interval of beta is not above 0: no turn is shown"}
+        return {"peak": unknown, "peak_reason": "the interval of beta is not above 0: the fitted law does not turn"}
     peak, farthest = float(place(alpha["mean"], beta["mean"])), float(distances.max())
     if not 0 < peak < farthest:
         side = "beyond" if peak >= farthest else "before"

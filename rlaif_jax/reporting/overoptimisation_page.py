@@ -25,6 +25,7 @@ def render_overoptimisation(
 
     best_of_n, rl: what is drawn: `distances` [points], and of `proxy` and `gold` each `points` (figures) and `fit`.
     """
+    curves = {"best_of_n": best_of_n, "rl": rl}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -32,7 +33,7 @@ def render_overoptimisation(
     html = environment.get_template("overoptimisation.html.j2").render(
         name=name,
         style=Markup((_FOLDER / "report.css").read_text()),
-        charts=[(_METHODS[method][0], _chart(method, curve)) for method, curve in (("best_of_n", best_of_n), ("rl", rl))],
+        charts=[(_METHODS[method][0], _chart(method, curve)) for method, curve in curves.items()],
         rows=[_row(method, reward, results) for method in _METHODS for reward in _REWARDS],
         points=_points(results),
         stop=results["rl/early_stop"],

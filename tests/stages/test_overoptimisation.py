@@ -184,8 +184,8 @@ def test_the_gold_of_another_judge_is_that_judges(judge, finished, tmp_path, one
 
 BAD = {
     "no gold": (["rl.gold.verifier=0.0"], ["needs a gold reward", "rl.gold.verifier"]),
-    "no such verifier": (["rl.gold.verifier_function=json:nowhere"], ["config.rl.gold.verifier_function='json:nowhere'"]),
-    "pairwise": (["rl.gold.judge=1.0", "rl.gold.judge_prompt.method=pairwise"], ["config.rl.gold.judge", "method=rating"]),
+    "no such verifier": (["rl.gold.verifier_function=json:nowhere"], ["rl.gold.verifier_function='json:nowhere'"]),
+    "pairwise": (["rl.gold.judge=1.0", "rl.gold.judge_prompt.method=pairwise"], ["rl.gold.judge", "method=rating"]),
     "no such weights": (["rl.gold.judge=1.0", "rl.gold.judge_weights=no.gguf"], ["rl.gold.judge_weights", "no.gguf"]),
     "too few samples": (["overoptimisation.samples=4"], ["best_of=(2, 4)", "three or more"]),
     "more than sampled": (["overoptimisation.best_of=(2,4,64)"], ["(2, 4, 64)", "samples, 16"]),
