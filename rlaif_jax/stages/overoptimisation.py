@@ -47,8 +47,8 @@ def run_overoptimisation(run: Run) -> None:
         write_parquet(folder / "samples.parquet", _sample(run))
     for shards in (_replies_folder(folder), _scores_folder(folder)):
         shards.rmtree(missing_ok=True)
-    best, best_curve = _best_of_n(run, read_parquet(folder / "samples.parquet").to_pydict())
-    rl, rl_curve = _rl(run, read_json_lines(run.folder("rl") / "metrics.jsonl"))
+    best, best_curve = best_of_n_figures(run, read_parquet(folder / "samples.parquet").to_pydict())
+    rl, rl_curve = rl_figures(run, read_json_lines(run.folder("rl") / "metrics.jsonl"))
     write_json(folder / "results.json", best | rl)
     write_text(folder / "curve.html", render_overoptimisation(run.workdir.name, best | rl, best_curve, rl_curve))
     print(f"overoptimisation: {folder / 'curve.html'}", flush=True)
@@ -120,7 +120,7 @@ def _keep_scores(
     return {name: [kept[row][name] for row in range(len(prompts))] for name in REWARDS}
 
 
-def _best_of_n(run: Run, samples: dict) -> tuple[dict, dict]:
+def best_of_n_figures(run: Run, samples: dict) -> tuple[dict, dict]:
     """Figures of best of n over n = 1, and what is drawn of them. A prompt counts where all its replies have rewards.
 
     Raises UserError where fewer than two prompts do.
@@ -149,7 +149,7 @@ def _best_of_n(run: Run, samples: dict) -> tuple[dict, dict]:
     return figures, curve
 
 
-def _rl(run: Run, lines: list[dict]) -> tuple[dict, dict]:
+def rl_figures(run: Run, lines: list[dict]) -> tuple[dict, dict]:
     """Figures of RL over its first iteration, and what is drawn of them. Iterations without all values are left out."""
     config, names = run.config.overoptimisation, ("kl/sequence", "reward/mean", "gold/mean")
     lines = [line for line in lines if None not in [line.get(name) for name in names]]

@@ -6,18 +6,29 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 
+from rlaif_jax.config import override
+from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.overoptimisation import best_of_n
 from rlaif_jax.main import main
+from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
 from rlaif_jax.stages import overoptimisation, replies
 from rlaif_jax.stages import run as runs
-from tests.helpers import one_device_mesh
+from rlaif_jax.stages.rewards import load_gold, load_rewards
+from rlaif_jax.stages.run import Run
+from tests.helpers import one_device, one_device_mesh, quickstart_config
 from tests.tiny_judge import tiny_run_flags, write_judge
 
+RNG = np.random.default_rng(0)
 SAMPLES, PROMPTS = 16, 5
+STAGES = "--config.stages=('sft','rl','overoptimisation')"
 FLAGS = (
-    "--config.stages=('sft','rl','overoptimisation')",
-    "--config.rl.value_init=sft",
+    "--config.rl.advantage=leave_one_out",  # no value network to compile
+    "--config.rl.group_size=2",
+    "--config.rl.loss=reinforce",
+    "--config.rl.epochs=1",
+    "--config.rl.minibatches=1",
     "--config.rl.rewards.reward_model=0.0",
     "--config.rl.rewards.verifier=2.0",
     f"--config.rl.rewards.verifier_function={__name__}:length",
@@ -40,7 +51,7 @@ def words(prompts, responses):
 
 
 def rarely(prompts, responses):
-    return [None if len(response) % 7 == 0 else 1.0 for response in responses]
+    return [None if len(response) % 7 == 0 else float(len(response)) for response in responses]
 
 
 def nothing(prompts, responses):
@@ -58,12 +69,12 @@ def finished(judge, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
-        assert main(["main", *tiny_run_flags(judge, folder), *FLAGS]) == 0
+        assert main(["main", *tiny_run_flags(judge, folder), *FLAGS, STAGES]) == 0
     return folder
 
 
 @pytest.fixture
-def one_device(monkeypatch):
+def small_mesh(monkeypatch):
     monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
 
 
@@ -116,15 +127,17 @@ def test_the_page_stands_alone(finished):
     assert "http" not in page.replace("http-equiv", "") and "{{" not in page
 
 
-def test_gold_changes_nothing_of_the_training(judge, finished, tmp_path, one_device):
+@pytest.mark.slow
+def test_gold_changes_nothing_of_the_training(judge, finished, tmp_path, small_mesh):
     flags = again(judge, finished, tmp_path / "run", "rl", "overoptimisation")
     assert main([*flags, "--config.rl.gold.verifier=0.0", "--config.stages=('sft','rl')"]) == 0
     with_gold = [{k: v for k, v in line.items() if not k.startswith("gold/")} for line in lines(finished)]
     assert lines(tmp_path / "run") == with_gold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["samples", "scores"])
-def test_a_killed_stage_ends_as_an_undisturbed_one(judge, finished, tmp_path, monkeypatch, one_device, where):
+def test_a_killed_stage_ends_as_an_undisturbed_one(judge, finished, tmp_path, monkeypatch, small_mesh, where):
     flags, calls = again(judge, finished, tmp_path / "run", "overoptimisation"), []
     module = replies if where == "samples" else overoptimisation
     write = module.write_checked_parquet
@@ -137,49 +150,87 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(judge, finished, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_checked_parquet", killed)
-        assert main(flags) == 130
+        assert main([*flags, STAGES]) == 130
     kept = tmp_path / "run" / "overoptimisation" / ("replies_sft" if where == "samples" else "scores")
     assert len(list(kept.iterdir())) == 3
     written = []
     monkeypatch.setattr(module, "write_checked_parquet", lambda *arguments: written.append(0) or write(*arguments))
-    assert main(flags) == 0
+    assert main([*flags, STAGES]) == 0
     assert 0 < len(written) <= SAMPLES * PROMPTS // 8 - 2  # a prompt's replies are sampled together, so one group again
     assert not kept.exists() and results(tmp_path / "run") == results(finished)
-    for name in ("samples.parquet",):
-        assert pq.read_table(tmp_path / "run" / "overoptimisation" / name).equals(
-            pq.read_table(finished / "overoptimisation" / name)
-        )
+    samples = (
+        pq.read_table(folder / "overoptimisation" / "samples.parquet") for folder in (tmp_path / "run", finished)
+    )
+    assert next(samples).equals(next(samples))
 
 
-def test_prompts_with_unscored_replies_are_left_out_and_counted(judge, finished, tmp_path, one_device, capfd):
-    flags = again(judge, finished, tmp_path / "run", "rl", "overoptimisation")
-    flags += ["--config.overoptimisation.prompts=0", "--config.overoptimisation.samples=8"]
-    assert main([*flags, f"--config.rl.gold.verifier_function={__name__}:rarely"]) in (0, 2)
-    samples = pq.read_table(tmp_path / "run" / "overoptimisation" / "samples.parquet").to_pydict()
-    whole = np.isfinite(np.reshape(samples["gold"], (-1, 8))).all(axis=1)
-    assert {line["gold/unscored"] > 0 for line in lines(tmp_path / "run")} == {True}
-    if whole.sum() < 2:
-        assert f"{whole.sum()} of 8 prompts have a proxy and a gold reward" in capfd.readouterr().err
-    else:
-        found = results(tmp_path / "run")
-        assert (found["best_of_n/prompts"], found["best_of_n/prompts_unscored"]) == (whole.sum(), (~whole).sum())
+def run_of(**changes):
+    """A run of the quickstart, of which nothing is there."""
+    fields = {"overoptimisation.samples": 8, "overoptimisation.bootstrap_samples": 50}
+    config = override(quickstart_config(), fields | changes)
+    return Run(config, epath.Path("nowhere"), one_device())
 
 
-def test_the_gold_of_another_judge_is_that_judges(judge, finished, tmp_path, one_device):
-    other = write_judge(tmp_path / "other.gguf", seed=1)
-    means = []
-    for name, weights in (("same", ""), ("other", other)):
-        flags = again(judge, finished, tmp_path / name, "rl", "overoptimisation")
-        flags += [
-            "--config.rl.gold.verifier=0.0",
-            "--config.rl.gold.judge=1.0",
-            f"--config.rl.gold.judge_weights={weights}",
-        ]
-        assert main([*flags, "--config.rl.rewards.judge=1.0", "--config.rl.steps=2", "--stages=rl"]) == 0
-        means.append([(line["reward/judge"], line["gold/mean"]) for line in lines(tmp_path / name)])
-    for rewarded, gold in means[0]:
-        assert gold == pytest.approx(rewarded)
-    assert all(abs(gold - rewarded) > 1e-4 for rewarded, gold in means[1])
+def samples_of(proxy, gold):
+    return {"proxy": np.ravel(proxy).tolist(), "gold": np.ravel(gold).tolist()}
+
+
+def test_prompts_with_unscored_replies_are_left_out_and_counted():
+    proxy, gold = RNG.normal(size=(2, 6, 8))
+    whole, _ = overoptimisation.best_of_n_figures(run_of(), samples_of(proxy[1:5], gold[1:5]))
+    proxy[0, 3], gold[5, 2] = np.nan, np.nan
+    found, _ = overoptimisation.best_of_n_figures(run_of(), samples_of(proxy, gold))
+    assert (found["best_of_n/prompts"], found["best_of_n/prompts_unscored"]) == (4, 2)
+    assert found | {"best_of_n/prompts_unscored": 0} == whole
+    gold[2:] = np.nan
+    with pytest.raises(UserError, match=r"1 of 6 prompts have a proxy and a gold reward for each of their 8 replies"):
+        overoptimisation.best_of_n_figures(run_of(), samples_of(proxy, gold))
+
+
+def test_iterations_without_gold_are_left_out_and_the_early_stop_names_the_iteration():
+    distances = np.linspace(0, 4, 40)
+    gold = 0.1 + distances * (0.5 - 0.4 * np.log(np.maximum(distances, 1e-9)))
+    lines = [
+        {"step": i, "kl/sequence": d**2, "reward/mean": d, "gold/mean": g}
+        | {f"{name}/{part}": 0.0 for name in ("reward", "gold") for part in ("std", "unscored")}
+        for i, (d, g) in enumerate(zip(distances, gold, strict=True))
+    ]
+    lines[0]["kl/sequence"] = -1e-3  # an estimate
+    del lines[3]["gold/mean"]
+    lines[5]["kl/sequence"] = None  # of a skipped update
+    found, curve = overoptimisation.rl_figures(run_of(), lines)
+    assert found["rl/iterations"] == 38 == len(curve["distances"]) and curve["distances"][0] == 0
+    assert found["rl/gold/peak"]["mean"] == pytest.approx(np.exp(0.25), rel=1e-3)
+    assert found["rl/early_stop"] == np.flatnonzero(distances > np.exp(0.25))[0]
+    assert found["rl/proxy/alpha"]["mean"] == pytest.approx(1) and found["rl/proxy/peak"]["mean"] is None
+    empty, curve = overoptimisation.rl_figures(run_of(), lines[3:4])
+    assert empty["rl/iterations"] == 0 and "too few" in empty["rl/early_stop_reason"]
+    best, best_curve = overoptimisation.best_of_n_figures(run_of(), samples_of(*RNG.normal(size=(2, 6, 8))))
+    page = render_overoptimisation("run", best | empty, best_curve, curve)
+    assert page.count("<svg") == 1 and "no iteration has all of KL" in page
+
+
+def test_the_gold_of_another_judge_is_that_judges(judge, tmp_path):
+    rewarded = {"judge.weights": judge, "rl.rewards.judge": 0.5}
+    prompts, responses = ["How do I boil an egg?"] * 3, ["Ten minutes.", "Thank you for asking! Ten.", "No."]
+    ratings = []
+    for weights in ("", write_judge(tmp_path / "other.gguf", seed=1)):
+        run = run_of(**rewarded, **{"rl.gold.judge": 0.5, "rl.gold.judge_weights": weights})
+        proxy, _ = load_rewards(run)(prompts, responses, np.ones(3))
+        ratings.append((proxy, load_gold(run)(prompts, responses)))
+    np.testing.assert_allclose(*ratings[0], rtol=1e-5)
+    assert np.all(np.abs(ratings[1][1] - ratings[1][0]) > 1e-5)
+
+
+def test_gold_metrics_count_what_has_no_score():
+    def gold(verifier):
+        name = f"{__name__}:{verifier.__name__}"
+        return load_gold(run_of(**{"rl.gold.verifier": 2.0, "rl.gold.verifier_function": name}))
+
+    assert gold(rarely).metrics(["a"] * 4, ["x", "", "xxxxxxx", "xxx"]) == {
+        "gold/mean": 2 * 2.0, "gold/std": 2 * 1.0, "gold/unscored": 0.5}  # fmt: skip
+    assert gold(nothing).metrics(["a"], ["x"]) == {"gold/unscored": 1.0}
+    assert not load_gold(run_of()).needed
 
 
 BAD = {
@@ -199,15 +250,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_can_not_be_measured_is_one_clear_line_before_any_work(judge, tmp_path, capfd, case):
     options, said = BAD[case]
+    options = options if case == "without rl" else ["stages=('sft','rl','overoptimisation')", *options]
     flags = [*tiny_run_flags(judge, tmp_path / "run"), *FLAGS, *(f"--config.{option}" for option in options)]
     assert main(["main", *flags]) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
     assert len(error) == 1 and all(word in error[0] for word in said), error
     assert not (tmp_path / "run" / "sft").exists()
-
-
-def test_too_few_whole_prompts_end_the_stage_with_the_reason(judge, finished, tmp_path, one_device, capfd):
-    flags = again(judge, finished, tmp_path / "run", "rl", "overoptimisation")
-    assert main([*flags, f"--config.rl.gold.verifier_function={__name__}:nothing"]) == 2
-    assert f"0 of {PROMPTS} prompts have a proxy and a gold reward" in capfd.readouterr().err
-    assert all("gold/mean" not in line and line["gold/unscored"] == 1 for line in lines(tmp_path / "run"))
