@@ -101,6 +101,37 @@ def _following(fields: config_dict.ConfigDict, **changes) -> config_dict.ConfigD
     return copy
 
 
+def no_gold(template: str) -> config_dict.ConfigDict:
+    """No gold reward: give `judge` or `verifier` a weight to log one beside the reward that RL follows."""
+    return group(
+        judge=0.0,
+        judge_weights="",  # those of `judge`
+        judge_prompt=group(
+            template=template,
+            preamble="base",
+            shots=0,
+            exemplars="",
+            method="rating",
+            chain_of_thought=False,
+            chat=False,
+        ),
+        verifier=0.0,
+        verifier_function="ground_truth",
+    )
+
+
+def overoptimisation() -> config_dict.ConfigDict:
+    """Best of up to 64, for configs whose stages have `overoptimisation`."""
+    return group(
+        samples=64,  # replies to each prompt
+        prompts=0,  # all held-out ones
+        best_of=(),  # 2, 4, 8 ... of the samples
+        commit_every=256,  # replies written down at a time
+        batch_size=64,
+        bootstrap_samples=2000,
+    )
+
+
 def source(kind: str = "", path: str = "", name: str = "", split: str = "", limit: int = 0, **fields: str):
     """Where the rows of a set come from (rlaif_jax/data/sources.py); `fields` maps our names to theirs."""
     return group(kind=kind, path=path, name=name, split=split, limit=limit, fields=config_dict.ConfigDict(fields))

@@ -10,7 +10,8 @@ Arms, one or more words with commas between them: default, which is ppo; reinfor
 same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); dpo, ipo, slic (the policy
 learns from the labels, no reward model); online_dpo (from pairs of the live policy, judged at once); best_of_n (it is
 tuned on the best of n of its own replies); ensemble (PPO on the worst case of four reward models); panel (three prompts
-label, and their mean is learned: three times the labelling); smoke (the same judge on a fraction of the data, to see
+label, and their mean is learned: three times the labelling); overoptimisation (no KL penalty and a long RL, held against
+the ground truth, as is best of n: docs/overoptimisation.md); smoke (the same judge on a fraction of the data, to see
 that everything runs).
 """
 
@@ -20,8 +21,10 @@ from configs.parts import (
     direct_rlaif,
     embedded_corpus,
     group,
+    no_gold,
     no_panel,
     optimizer,
+    overoptimisation,
     panel,
     preference_losses,
     rl_losses,
@@ -45,6 +48,7 @@ ARMS = (
     "best_of_n",
     "ensemble",
     "panel",
+    "overoptimisation",
 )
 
 
@@ -205,6 +209,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             clip=0.0,
             max_unscored_rate=0.02,  # of an iteration's responses
         ),
+        gold=no_gold("everyday_requests"),
         penalise_missing_eos=True,
         missing_eos_reward=-1.0,
         kl=group(
@@ -279,6 +284,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         bootstrap_samples=2000,
         shown_samples=4,
     )
+    config.overoptimisation = overoptimisation()
     words = arm.split(",")
     if unknown := [word for word in words if word not in ARMS]:
         raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
@@ -307,4 +313,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.reward_model.update(members=4, combine="min")
     if "panel" in words:
         panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
+    if "overoptimisation" in words:
+        config.stages = (*config.stages, "overoptimisation")
+        config.rl.gold.verifier = 1.0
+        config.rl.kl.coef = 0.0
+        config.rl.steps = 8 if "smoke" in words else 40
     return config

@@ -76,6 +76,7 @@ def task(
     with config.unlocked():
         config.data.update(layout=layout, root="data", max_malformed_rate=0.01, **sources)
     config.judge.prompt.update(template=template, preamble="detailed", shots=0)
+    config.rl.gold.judge_prompt.template = template
     config.judge.prompt.chat = True  # SmolLM2-135M-Instruct is instruction-tuned
     _full_scale(config, reward_model_batch_size)
     if "smoke" in words:
@@ -191,6 +192,7 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     config.best_of_n.optimizer = optimizer(1e-5, **constant)
     config.evaluation.sampling.temperature = 0.9
     config.evaluation.batch_size = 128
+    config.overoptimisation.update(batch_size=128, commit_every=1024)
 
 
 def _smoke(config: config_dict.ConfigDict) -> None:
@@ -216,7 +218,7 @@ def _smoke(config: config_dict.ConfigDict) -> None:
     config.preference, config.best_of_n = small.preference, small.best_of_n
     config.preference.update(steps=3, batch_size=4, checkpoint_every=1, samples_every=1)
     config.best_of_n.update(steps=3, batch_size=4, prompts=12, samples=2, commit_every=8, checkpoint_every=1)
-    config.evaluation.batch_size = 8
+    config.evaluation.batch_size = config.overoptimisation.batch_size = 8
     limits = dict(demonstrations=400, train_prompts=200, evaluation_prompts=6, comparisons=100)
     for name, limit in (limits | {"evaluation_comparisons": 6}).items():
         config.data[name].limit = limit

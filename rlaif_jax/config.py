@@ -130,14 +130,27 @@ class KLConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardsConfig:
-    """The score of a response: a sum of parts, each with a weight of its own; 0 leaves a part out."""
+class ScorersConfig:
+    """What scores the text of a response, each part with a weight of its own; 0 leaves a part out."""
 
-    reward_model: float
     judge: float  # its rating of the response by itself, from -1 to 1 (direct RLAIF)
     judge_prompt: PromptConfig  # of that rating, beside the model and batches of `judge`
     verifier: float
     verifier_function: str  # "ground_truth" (embedded data), or "module:function" of prompts and responses
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldConfig(ScorersConfig):
+    """A reward that is logged and not trained on: the gold that the proxy of RewardsConfig stands for."""
+
+    judge_weights: str  # a GGUF file, or package:NAME; "" for those of `judge`
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig(ScorersConfig):
+    """The score of a response: a sum of parts, each with a weight of its own; 0 leaves a part out."""
+
+    reward_model: float
     length: float  # what each token beyond length_limit takes away
     length_limit: int  # tokens
     format: float  # of a response that format_pattern matches
@@ -170,6 +183,7 @@ class RLConfig:
     samples_every: int  # iterations between entries of samples.jsonl
     sampling: SamplingConfig  # of the rollouts; its temperature is also that of every log-prob
     rewards: RewardsConfig
+    gold: GoldConfig
     penalise_missing_eos: bool  # a response that never ends gets missing_eos_reward as its score
     missing_eos_reward: float
     kl: KLConfig
@@ -246,6 +260,23 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OveroptimisationConfig:
+    """Proxy and gold reward of best of n and along RL, where `overoptimisation` is one of the stages."""
+
+    samples: int  # replies of the SFT policy to each prompt, sampled as rl.sampling says
+    prompts: int  # the first held-out prompts; 0 for all
+    best_of: tuple[int, ...]  # the n of best of n, of those samples; () for powers of two
+    commit_every: int  # replies written down at a time
+    batch_size: int  # replies scored by the reward model at a time
+    bootstrap_samples: int  # resamplings behind each confidence interval
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Each n of best of n."""
+        return self.best_of or tuple(2**i for i in range(1, self.samples.bit_length()))
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -265,6 +296,7 @@ class Config:
     preference: PreferenceConfig
     best_of_n: BestOfNConfig
     evaluation: EvaluationConfig
+    overoptimisation: OveroptimisationConfig
 
     @property
     def policy_stage(self) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlaif_jax.config import Config, flatten
+from rlaif_jax.config import Config, ScorersConfig, flatten
 from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError
@@ -22,9 +22,10 @@ from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import RULES
 from rlaif_jax.training.optimizer import SCHEDULES
 
-STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval")
+STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
 # Whose results a stage reads, besides what depends on other fields.
 _NEEDS = {"label": "sft", "reward_model": "label", "best_of_n": "sft", "preference": "sft", "rl": "sft", "eval": "sft"}
+_NEEDS |= {"overoptimisation": "rl"}
 
 
 def _in_order(names: tuple[str, ...]) -> bool:
@@ -55,7 +56,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.temperature *.top_k", "0 or more", lambda x: x >= 0),
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
-        "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots",
+        "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots "
+        "overoptimisation.prompts",
         "0 or more",
         lambda x: x >= 0,
     ),
@@ -136,6 +138,8 @@ def check(config: Config, devices: int) -> None:
     _check_policy_stages(config)
     _check_rl(config, flat, devices)
     _check_judges(config)
+    if "overoptimisation" in config.stages:
+        _check_overoptimisation(config)
     needed = config.reward_model.batch_size + config.reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
         x >= needed))  # fmt: skip
@@ -258,17 +262,8 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
                 "config.rl.value_init=reward_model needs the stage reward_model in config.stages; without it set "
                 "rl.value_init=sft"
             )
-    if rewards.judge and (rewards.judge_prompt.method != "rating" or rewards.judge_prompt.chain_of_thought):
-        raise UserError(
-            "config.rl.rewards.judge needs rl.rewards.judge_prompt.method=rating without chain_of_thought: each "
-            "response is rated by itself"
-        )
-    truth = config.data.evaluation_prompts.kind == "embedded"
-    if rewards.verifier and rewards.verifier_function == "ground_truth" and not truth:
-        raise UserError(
-            "config.rl.rewards.verifier_function=ground_truth: only embedded data has a ground truth; name a "
-            "module:function of yours"
-        )
+    _check_scorers(config, rewards, "rl.rewards")
+    _check_scorers(config, rl.gold, "rl.gold")
     if rewards.format and not rewards.format_pattern:
         raise UserError("config.rl.rewards.format needs rl.rewards.format_pattern, a regular expression")
     longest = config.policy.max_response_length - 1
@@ -279,6 +274,34 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
         re.compile(rewards.format_pattern)
     except re.error as error:
         raise UserError(f"config.rl.rewards.format_pattern={rewards.format_pattern!r} is malformed: {error}") from error
+
+
+def _check_scorers(config: Config, scorers: ScorersConfig, group: str) -> None:
+    if scorers.judge and (scorers.judge_prompt.method != "rating" or scorers.judge_prompt.chain_of_thought):
+        raise UserError(
+            f"config.{group}.judge needs {group}.judge_prompt.method=rating without chain_of_thought: each response is "
+            "rated by itself"
+        )
+    truth = config.data.evaluation_prompts.kind == "embedded"
+    if scorers.verifier and scorers.verifier_function == "ground_truth" and not truth:
+        raise UserError(
+            f"config.{group}.verifier_function=ground_truth: only embedded data has a ground truth; name a "
+            "module:function of yours"
+        )
+
+
+def _check_overoptimisation(config: Config) -> None:
+    if not (config.rl.gold.judge or config.rl.gold.verifier):
+        raise UserError(
+            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge or "
+            "rl.gold.verifier a weight"
+        )
+    chosen, samples = config.overoptimisation.numbers, config.overoptimisation.samples
+    if len(chosen) < 3 or list(chosen) != sorted(set(chosen)) or chosen[0] < 2 or chosen[-1] > samples:
+        raise UserError(
+            f"config.overoptimisation.best_of={chosen} must be three or more rising numbers from 2 to "
+            f"overoptimisation.samples, {samples}"
+        )
 
 
 def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:

@@ -52,6 +52,9 @@ def quickstart_config() -> Config:
     return parse(quickstart.get_config().to_dict())
 
 
+STAGES = quickstart_config().stages  # of the quickstart, in their order
+
+
 @functools.cache
 def _weights(model, seed):
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

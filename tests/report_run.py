@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlaif_jax.data import embedded
+from tests.helpers import STAGES
 
 DATA = {
     "evaluation_combinations": 6,
@@ -51,12 +52,18 @@ def figures(**changes) -> dict:
 
 def write_run(folder: Path, results: dict | None = None, config: dict | None = None, hostile: str = HOSTILE) -> Path:
     """Writes the run; every other prompt and reply is `hostile`."""
-    config = {"seed": 0, "judge.shuffle_weights": False, "judge.max_failure_rate": 0.02, **(config or {})}
+    config = {
+        "seed": 0,
+        "stages": STAGES,
+        "judge.shuffle_weights": False,
+        "judge.max_failure_rate": 0.02,
+        **(config or {}),
+    }
     config |= {f"data.embedded.{name}": value for name, value in DATA.items()}
     config |= {"data.evaluation_prompts.kind": "embedded", "reward_model.calibrate": True}
     record = {"config": config, "packages": {"jax": "0.10.2"}, "python": "3.11.7", "devices": ["cpu"] * 2}
     write(folder / "config.json", record | {"git_commit": None})
-    for stage in ("sft", "label", "reward_model", "rl", "eval"):
+    for stage in STAGES:
         write(folder / stage / "stage.json", {"done": True, "config": {}})
     for stage, names in CURVES.items():
         lines = [{"step": i} | {name: 1 / (i + k + 1) for k, name in enumerate(names)} for i in range(12)]

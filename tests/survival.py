@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 import pyarrow.parquet as pq
 from etils import epath
 
-from rlaif_jax.stages.pipeline import STAGES
 from rlaif_jax.training.checkpoints import damage
+from tests.helpers import STAGES
 
 
 @dataclasses.dataclass(frozen=True)

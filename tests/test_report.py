@@ -12,11 +12,13 @@ from etils import epath
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.report import main, write_report
+from rlaif_jax.reporting import read as reading
 from rlaif_jax.reporting.calibration import calibrate
 from rlaif_jax.reporting.checks import run_checks
-from rlaif_jax.reporting.read import STAGES, USUAL, read_run
+from rlaif_jax.reporting.read import read_run
 from rlaif_jax.reporting.verdict import judge
 from rlaif_jax.stages import pipeline
+from tests.helpers import STAGES
 from tests.report_run import HOSTILE, figure, figures, write, write_run
 
 
@@ -208,19 +210,19 @@ def test_the_same_run_makes_the_same_page(run, page):
 
 
 def test_the_stages_are_those_of_the_pipeline():
-    assert tuple(pipeline.STAGES) == STAGES
+    assert tuple(pipeline.STAGES) == reading.STAGES
 
 
 @pytest.mark.parametrize("done", [0, 2, 4])
 def test_a_partial_run_says_what_is_missing(done, run, tmp_path):
     shutil.copy(run / "config.json", tmp_path)
-    for stage in USUAL[:done]:
+    for stage in STAGES[:done]:
         shutil.copytree(run / stage, tmp_path / stage)
     text = Page(write_report(epath.Path(tmp_path)).read_text()).text
     assert "No verdict yet" in text
-    for stage in USUAL:
-        assert (f"The {stage} stage has not run" in text) == (stage in USUAL[done:]), stage
-    assert f"--workdir={tmp_path} --stages={','.join(USUAL[done:])}" in text
+    for stage in STAGES:
+        assert (f"The {stage} stage has not run" in text) == (stage in STAGES[done:]), stage
+    assert f"--workdir={tmp_path} --stages={','.join(STAGES[done:])}" in text
 
 
 def test_a_stage_that_was_stopped_is_unfinished(run, tmp_path):

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from configs import quickstart
 from configs.sweeps import quickstart_algorithms, quickstart_kl
 from rlaif_jax import compare, main, sweep
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json, write_json
 from rlaif_jax.stages import pipeline, rl
 from rlaif_jax.stages import run as runs
-from tests.helpers import one_device_mesh
+from tests.helpers import STAGES, one_device_mesh
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 SWEEP = """
@@ -32,7 +31,6 @@ def get_config():
     sweep.figures = FIGURES
     return sweep
 """
-STAGES = quickstart.get_config().stages
 ARMS = {"low": {"rl.kl.coef": 0.05}, "high_0.5": {"rl.kl.coef": 0.5}}
 
 

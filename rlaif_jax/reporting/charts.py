@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.style
 import numpy as np
@@ -125,6 +125,43 @@ def reward_against_kl(kl: Sequence[float], reward: Sequence[float]) -> Markup:
 
     description = f"reward over the square root of KL, ending at KL {kl[-1]:.3g} and reward {reward[-1]:.3g}"
     return _chart(draw, "reward against KL", description, (3.8, 2.6))
+
+
+def overoptimisation(
+    name: str,
+    distances: np.ndarray,
+    points: Mapping[str, Sequence[Mapping]],
+    curve_distances: np.ndarray,
+    curves: Mapping[str, np.ndarray | None],
+    peak: float | None,
+) -> Markup:
+    """Gains in `proxy` (filled) and `gold` (hollow) over the square root of KL, with the laws that fit them.
+
+    points: figures at `distances`; curves: values at `curve_distances`, None where nothing was fitted; peak: of gold.
+    """
+    dense = len(distances) > _SMOOTHED // 4
+
+    def draw(axes):
+        axes.axhline(0, color=MUTED, linewidth=0.6)
+        for reward, colour, fill in (("proxy", ACCENT, "full"), ("gold", SECOND, "none")):
+            means = np.array([point["mean"] for point in points[reward]])
+            errors = np.abs(np.array([point["ci95"] for point in points[reward]]).T - means)
+            axes.errorbar(
+                distances, means, errors, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.25 if dense else 1
+            )
+            axes.plot(distances, means, "o", color=colour, fillstyle=fill, markersize=3 if dense else 4.5, label=reward)
+            if curves[reward] is not None:
+                axes.plot(curve_distances, curves[reward], color=colour)
+        if peak is not None:
+            axes.axvline(peak, color=SECOND, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_xlabel("square root of KL from SFT (nats a reply)")
+        axes.set_ylabel("gain over SFT")
+        axes.legend(frameon=False, labelcolor=MUTED)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+
+    last = {reward: points[reward][-1]["mean"] for reward in points}
+    described = ", ".join(f"{reward} gains {gain:.3g}" for reward, gain in last.items())
+    return _chart(draw, name, f"{name}: at the last of {len(distances)} points {described}", (3.8, 2.8))
 
 
 def reliability(calibration: Calibration) -> Markup:

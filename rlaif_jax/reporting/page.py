@@ -29,6 +29,7 @@ _STAGE_TITLES = {
     "preference": "Preference optimisation",
     "rl": "RL",
     "eval": "Evaluation",
+    "overoptimisation": "Over-optimisation",
 }
 # Of each stage: metric, and the level that knowing nothing would reach.
 _CURVES = {

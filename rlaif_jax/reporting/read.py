@@ -11,7 +11,8 @@ from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policy_stage, tit
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import cell_stages
 
-STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval")  # those of stages/pipeline.py, without JAX
+# Those of stages/pipeline.py, without JAX.
+STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
 USUAL = ("sft", "label", "reward_model", "rl", "eval")  # of a run that does not say
 
 # Whether a reply to a prompt is good; None for a prompt that the ground truth does not know.

@@ -14,6 +14,7 @@ from rlaif_jax.models import gguf
 from rlaif_jax.stages.best_of_n import run_best_of_n
 from rlaif_jax.stages.evaluate import run_evaluation
 from rlaif_jax.stages.label import run_label
+from rlaif_jax.stages.overoptimisation import run_overoptimisation
 from rlaif_jax.stages.preference import run_preference
 from rlaif_jax.stages.reward_model import run_reward_model
 from rlaif_jax.stages.rl import run_rl
@@ -29,6 +30,7 @@ STAGES: dict[str, Callable[[Run], bool | None]] = {
     "preference": run_preference,
     "rl": run_rl,
     "eval": run_evaluation,
+    "overoptimisation": run_overoptimisation,
 }
 
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
@@ -40,6 +42,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "preference": ("sampler", "judge", "panel", "preferences", "preference"),
     "rl": ("sampler", "judge", "rl"),
     "eval": ("judge", "sampler", "evaluation"),
+    "overoptimisation": ("judge", "sampler", "overoptimisation"),
 }
 # Fields that change how a stage runs, not what it computes (beyond rounding).
 _OPERATIONAL = (
@@ -71,9 +74,12 @@ def plan(run: Run, names: list[str]) -> list[str]:
     for name in names:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
-    rewards = run.config.rl.rewards
-    if {"rl", "best_of_n"} & set(names) and rewards.verifier and rewards.verifier_function != "ground_truth":
-        find_verifier(rewards.verifier_function)
+    for group, scorers, users in (
+        ("rl.rewards", run.config.rl.rewards, {"rl", "best_of_n", "overoptimisation"}),
+        ("rl.gold", run.config.rl.gold, {"rl", "overoptimisation"}),
+    ):
+        if scorers.verifier and users & set(names) and scorers.verifier_function != "ground_truth":
+            find_verifier(scorers.verifier_function, group)
     if not names:
         raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
     for name in order[: 1 + max(map(order.index, names))]:
@@ -125,9 +131,14 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if run.config.sft.teacher.weights:
         with blame("sft.teacher.weights"):
             hashes["sft.teacher.weights_hash"] = gguf.weights_hash(run.config.sft.teacher.weights)
-    if run.config.rl.rewards.judge:
-        with blame("rl.rewards.judge_prompt.template"):
-            hashes["rl.rewards.judge_prompt.hash"] = load_template(run.config.rl.rewards.judge_prompt).digest
+    gold = run.config.rl.gold
+    for group, scorers in (("rl.rewards", run.config.rl.rewards), ("rl.gold", gold)):
+        if scorers.judge:
+            with blame(f"{group}.judge_prompt.template"):
+                hashes[f"{group}.judge_prompt.hash"] = load_template(scorers.judge_prompt).digest
+    if gold.judge and gold.judge_weights:
+        with blame("rl.gold.judge_weights"):
+            hashes["rl.gold.judge_weights_hash"] = gguf.weights_hash(gold.judge_weights)
     for role in COLUMNS:
         source = getattr(run.config.data, role)
         if source.kind in ("jsonl", "parquet"):

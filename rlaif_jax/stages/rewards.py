@@ -1,4 +1,7 @@
-"""The parts of a reward that need the text of a response: the judge's rating, a verifier, a format, a length."""
+"""The parts of a reward that need the text of a response: the judge's rating, a verifier, a format, a length.
+
+And the gold reward, of the same judge or another and of a verifier, that is measured and not trained on.
+"""
 
 import dataclasses
 import re
@@ -6,12 +9,37 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlaif_jax.judge.score import Judge, load_judge, rate
+from rlaif_jax.config import ScorersConfig
+from rlaif_jax.judge.score import Judge, JudgeConfig, load_judge, rate
 from rlaif_jax.stages.replies import Replies
 from rlaif_jax.stages.reward_model import score
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.verifier import Verifier, find_verifier, verified
 from rlaif_jax.training.reward_models import RewardModel
+
+Parts = dict[
+    str, tuple[float, np.ndarray]
+]  # name -> its weight, and a value for each response, NaN where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorers:
+    """The judge and the verifier of a config group, where they have a weight."""
+
+    config: ScorersConfig
+    group: str  # where the config has them
+    judge: Judge | None
+    verifier: Verifier | None
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Parts:
+        """What they make of each response."""
+        parts: Parts = {}
+        if self.judge:
+            parts["judge"] = self.config.judge, rate(self.judge, prompts, responses)
+        if self.verifier:
+            values = verified(self.verifier, prompts, responses, self.config.verifier_function, self.group)
+            parts["verifier"] = self.config.verifier, values
+        return parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +47,7 @@ class TextRewards:
     """What is loaded to score texts."""
 
     run: Run
-    judge: Judge | None
-    verifier: Verifier | None
+    scorers: Scorers
 
     @property
     def needed(self) -> bool:
@@ -35,20 +62,44 @@ class TextRewards:
 
         lengths: [n] tokens of each response.
         """
-        config = self.run.config.rl.rewards
-        parts: dict[str, tuple[float, np.ndarray]] = {}
-        if self.judge:
-            parts["judge"] = config.judge, rate(self.judge, prompts, responses)
-        if self.verifier:
-            parts["verifier"] = config.verifier, verified(self.verifier, prompts, responses, config.verifier_function)
+        config, parts = self.run.config.rl.rewards, self.scorers(prompts, responses)
         if config.format:
             matches = [re.fullmatch(config.format_pattern, text, re.DOTALL) is not None for text in responses]
             parts["format"] = config.format, np.array(matches, float)
         if config.length:
             parts["length"] = config.length, -np.maximum(lengths - config.length_limit, 0.0)
-        total = sum((weight * values for weight, values in parts.values()), np.zeros(len(responses)))
         known = {name: values[np.isfinite(values)] for name, (_, values) in parts.items()}
-        return total.astype(np.float32), {f"reward/{name}": float(x.mean()) for name, x in known.items() if len(x)}
+        means = {f"reward/{name}": float(x.mean()) for name, x in known.items() if len(x)}
+        return _total(parts, len(responses)).astype(np.float32), means
+
+
+@dataclasses.dataclass(frozen=True)
+class Gold:
+    """The gold reward of responses."""
+
+    scorers: Scorers
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is one: any part of it has a weight."""
+        return bool(self.scorers.config.judge or self.scorers.config.verifier)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """The weighted sum of its parts: [n] float64, NaN where one of them is missing."""
+        return _total(self.scorers(prompts, responses), len(responses))
+
+    def metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
+        """Mean and deviation over the responses that have one, and the share of those that have none."""
+        values = self(prompts, responses)
+        known = values[np.isfinite(values)]
+        moments = {"gold/mean": float(known.mean()), "gold/std": float(known.std())} if len(known) else {}
+        return moments | {"gold/unscored": 1 - len(known) / len(values)}
+
+
+def _total(parts: Parts, count: int) -> np.ndarray:
+    """The weighted sum: [count] float64, NaN where a part is not finite."""
+    total = sum((weight * values for weight, values in parts.values()), np.zeros(count))
+    return np.where(np.isfinite(total), total, np.nan)
 
 
 def score_replies(
@@ -71,15 +122,29 @@ def score_replies(
 
 def load_rewards(run: Run) -> TextRewards:
     """Loads the judge and finds the verifier, where they have a weight. Raises UserError where they can't be."""
-    rewards, judge = run.config.rl.rewards, None
-    if rewards.judge:
-        config = dataclasses.replace(run.config.judge, prompt=rewards.judge_prompt)
-        judge = load_judge(config, run.config.seed, run.placement)
-    return TextRewards(run, judge, _verifier(run) if rewards.verifier else None)
+    return TextRewards(run, _load(run, run.config.rl.rewards, "rl.rewards", run.config.judge))
 
 
-def _verifier(run: Run) -> Verifier:
-    if run.config.rl.rewards.verifier_function != "ground_truth":
-        return find_verifier(run.config.rl.rewards.verifier_function)
+def load_gold(run: Run) -> Gold:
+    """As `load_rewards`, of the gold reward."""
+    gold, judge = run.config.rl.gold, run.config.judge
+    judge = dataclasses.replace(judge, weights=gold.judge_weights or judge.weights)
+    return Gold(_load(run, gold, "rl.gold", judge))
+
+
+def _load(run: Run, config: ScorersConfig, group: str, judge_config: JudgeConfig) -> Scorers:
+    judge, verifier = None, None
+    if config.judge:
+        judge = load_judge(
+            dataclasses.replace(judge_config, prompt=config.judge_prompt), run.config.seed, run.placement
+        )
+    if config.verifier:
+        verifier = _verifier(run, config, group)
+    return Scorers(config, group, judge, verifier)
+
+
+def _verifier(run: Run, config: ScorersConfig, group: str) -> Verifier:
+    if config.verifier_function != "ground_truth":
+        return find_verifier(config.verifier_function, group)
     truth = run.ground_truth()
     return lambda prompts, responses: list(map(truth.is_good, prompts, responses))

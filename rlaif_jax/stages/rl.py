@@ -13,7 +13,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.parallel.mesh import batch_sharding, shard_batch
 from rlaif_jax.stages.reward_model import first_member, load_reward_model
-from rlaif_jax.stages.rewards import load_rewards
+from rlaif_jax.stages.rewards import load_gold, load_rewards
 from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.stages.sft import demonstration_rows
@@ -36,7 +36,7 @@ def run_rl(run: Run) -> None:
     rollouts = Rollouts(run, "rl", count, config.group_size, config.sampling, what, one_shape)
     reference = run.trained_params("sft", model)
     reward_model = load_reward_model(run) if config.rewards.reward_model else None
-    text_rewards, demonstrations = load_rewards(run), _demonstrations(run)
+    text_rewards, gold, demonstrations = load_rewards(run), load_gold(run), _demonstrations(run)
 
     updates = config.steps * config.epochs * config.minibatches
     optimizer = make_optimizer(config.optimizer, updates)
@@ -68,9 +68,10 @@ def run_rl(run: Run) -> None:
         else:
             sampled = rollouts.sample(state.params, step)
         prompts, scores, text_metrics = rollouts.prompts(step), zeros, {}
-        if text_rewards.needed:
+        if text_rewards.needed or gold.needed:
             sequences = jax.device_get(sampled.sequences)
             texts = decode_responses(tokenizer, sequences.responses, sequences.response_mask)
+        if text_rewards.needed:
             host_scores, text_metrics = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1))
             scores = shard_batch(host_scores, mesh)
         rollout, control, scores, metrics = make_rollout(
@@ -80,6 +81,8 @@ def run_rl(run: Run) -> None:
         state = state.replace(control=None)
         state, update_metrics = update_fn(state, rollout, kl_coef, reference, demonstrations(step), key)
         state = state.replace(control=control)
+        if gold.needed:  # nothing waits for it: the device updates meanwhile
+            text_metrics |= gold.metrics(prompts, texts)
 
         def shown() -> list[dict]:
             if step % config.samples_every and step + 1 < config.steps:

@@ -128,13 +128,17 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         policy = run.model_config()
     check_decoder(policy, config.policy.max_prompt_length + config.policy.max_response_length)
     models = {"policy": run.language_model()}
-    for name, judge in config.judges.items():
-        with blame(f"{name}.weights"):
-            shape = gguf.model_config(gguf.open_gguf(judge.weights))
-        if shape.max_position_embeddings < judge.max_length:
+    judges = {name: (f"{name}.weights", judge.weights, judge.max_length) for name, judge in config.judges.items()}
+    if config.rl.gold.judge and config.rl.gold.judge_weights:
+        judges["rl.gold.judge"] = ("rl.gold.judge_weights", config.rl.gold.judge_weights, config.judge.max_length)
+    for name, (field, weights, max_length) in judges.items():
+        with blame(field):
+            shape = gguf.model_config(gguf.open_gguf(weights))
+        if shape.max_position_embeddings < max_length:
+            longest = "judge" if name == "rl.gold.judge" else name
             raise UserError(
-                f"config.{name}.max_length={judge.max_length} is more than the {shape.max_position_embeddings} "
-                f"tokens that {judge.weights} can read"
+                f"config.{longest}.max_length={max_length} is more than the {shape.max_position_embeddings} tokens "
+                f"that {weights} can read"
             )
         models[name] = LanguageModel(shape)
     for name, model in models.items():

@@ -12,9 +12,12 @@ from rlaif_jax.errors import UserError
 Verifier = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]
 
 
-def find_verifier(name: str) -> Verifier:
-    """The function of "module:function". Raises UserError where there is none, or its module can't be imported."""
-    field = f"config.rl.rewards.verifier_function={name!r}"
+def find_verifier(name: str, group: str) -> Verifier:
+    """The function of "module:function", which the config `group` names.
+
+    Raises UserError where there is none, or its module can't be imported.
+    """
+    field = f"config.{group}.verifier_function={name!r}"
     module, separator, function = name.partition(":")
     if not (module and separator and function):
         raise UserError(f"{field} must be ground_truth or module:function")
@@ -29,12 +32,13 @@ def find_verifier(name: str) -> Verifier:
     return found
 
 
-def verified(verifier: Verifier, prompts: Sequence[str], responses: Sequence[str], name: str) -> np.ndarray:
+def verified(verifier: Verifier, prompts: Sequence[str], responses: Sequence[str], name: str, group: str) -> np.ndarray:
     """What a verifier makes of responses: [n] float64, NaN where it has no number.
 
-    Raises UserError where it raises anything, or returns anything but a number or None for each response.
+    Raises UserError where it raises anything, or returns anything but a number or None for each response; it says
+    that the config `group` has `name` as the verifier's.
     """
-    field = f"config.rl.rewards.verifier_function={name!r}"
+    field = f"config.{group}.verifier_function={name!r}"
     try:
         values = list(verifier(list(prompts), list(responses)))
     except Exception as error:

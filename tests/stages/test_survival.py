@@ -5,9 +5,8 @@ import shutil
 import pytest
 from etils import epath
 
-from rlaif_jax.stages.pipeline import STAGES
 from rlaif_jax.training.checkpoints import damage
-from tests.helpers import flip_a_byte, largest_file
+from tests.helpers import STAGES, flip_a_byte, largest_file
 from tests.survival import Command, assert_same, draw_kills, survive
 from tests.tiny_judge import tiny_run_flags, write_judge
 
