@@ -10,9 +10,9 @@ Arms, one or more words with commas between them: default, which is ppo; reinfor
 same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward model); dpo, ipo, slic (the policy
 learns from the labels, no reward model); online_dpo (from pairs of the live policy, judged at once); best_of_n (it is
 tuned on the best of n of its own replies); ensemble (PPO on the worst case of four reward models); panel (three prompts
-label, and their mean is learned: three times the labelling); overoptimisation (no KL penalty and a long RL, held against
-the ground truth, as is best of n: docs/overoptimisation.md); smoke (the same judge on a fraction of the data, to see
-that everything runs).
+label, and their mean is learned: three times the labelling); overoptimisation (no KL penalty and a long RL, held
+against the ground truth, as is best of n: docs/overoptimisation.md); smoke (the same judge on a fraction of the data,
+to see that everything runs).
 """
 
 from ml_collections import config_dict
