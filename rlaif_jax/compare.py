@@ -1,5 +1,6 @@
 """Results of finished runs side by side, as a Markdown table: python -m rlaif_jax.compare RUN [RUN ...]"""
 
+import functools
 import sys
 
 from etils import epath
@@ -7,8 +8,8 @@ from etils import epath
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.evaluation.statistics import show_figure
-from rlaif_jax.files import read_json, read_json_lines
-from rlaif_jax.stages.folders import stage_folder
+from rlaif_jax.files import read_json_lines
+from rlaif_jax.stages.folders import read_results, stage_folder
 
 
 def main(argv: list[str]) -> int:
@@ -27,13 +28,7 @@ def table(runs: list[epath.Path]) -> str:
     """One row a figure, one column a run. Raises UserError where a run has no results."""
     results = []
     for run in runs:
-        file = stage_folder(run, "eval") / "results.json"
-        if not file.exists():
-            raise UserError(f"{file} is missing: run the eval stage first")
-        found = read_json(file)
-        if not isinstance(found, dict) or not found:
-            raise UserError(f"{file} has no figures: delete it and run the eval stage again")
-        results.append(found | _seconds(run))
+        results.append(read_results(functools.partial(stage_folder, run)) | _seconds(run))
     distinct = len({run.name for run in runs}) == len(runs)
     titles = [run.name if distinct else str(run) for run in runs]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(runs) + 1) + "|"]

@@ -5,15 +5,15 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from etils import epath
 
 from rlaif_jax.commands import open_folder, parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.evaluation.names import by_role
 from rlaif_jax.evaluation.sweep_table import Values, markdown, to_csv
-from rlaif_jax.files import read_json, write_json, write_text
+from rlaif_jax.files import write_json, write_text
 from rlaif_jax.stages.cells import Cell, SweepConfig, make_cells, run_cells
+from rlaif_jax.stages.folders import read_results
 from rlaif_jax.stages.run import run_record
 
 _USAGE = "usage: python -m rlaif_jax.sweep --config=configs/sweeps/NAME.py[:ARM] --workdir=DIR"
@@ -57,20 +57,16 @@ def _values(name: str, arms: Sequence[str], cells: Sequence[Cell]) -> Values:
     """
     values: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     for cell in cells:
-        results = read_json(_results(cell))
+        results = read_results(cell.run.folder)
         results = results | by_role(results, cell.run.config.policy_stage)
         if not isinstance(results.get(name), dict):
             known = [figure for figure, value in results.items() if isinstance(value, dict)]
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see {_results(cell)}"
+            hint = f"did you mean {near[0]}?" if near else f"see the results.json of {cell.path}"
             raise UserError(f"config.figures: the results have no figure {name!r}: {hint}")
         if results[name]["mean"] is not None:  # a figure of no observation
             values[cell.arm][cell.seed] = results[name]["mean"]
     return values
-
-
-def _results(cell: Cell) -> epath.Path:
-    return cell.run.folder("eval") / "results.json"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """Where a run keeps its stages: in its folder, or, for a cell of a sweep, where cell.json says."""
 
+from collections.abc import Callable
+
 from etils import epath
 
+from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json
+
+_WITH_RESULTS = ("reward_model", "eval", "overoptimisation")
 
 
 def cell_stages(workdir: epath.Path) -> dict[str, epath.Path]:
@@ -22,3 +27,15 @@ def cell_stages(workdir: epath.Path) -> dict[str, epath.Path]:
 def stage_folder(workdir: epath.Path, stage: str) -> epath.Path:
     """Where a run or a sweep's cell keeps the files of a stage."""
     return cell_stages(workdir).get(stage, workdir / stage)
+
+
+def read_results(folder_of: Callable[[str], epath.Path]) -> dict:
+    """The figures of all stages that write `results.json`. Raises UserError where none has."""
+    files = [folder_of(stage) / "results.json" for stage in _WITH_RESULTS]
+    found = {file: read_json(file) for file in files if file.exists()}
+    if not found:
+        raise UserError(f"{folder_of('eval') / 'results.json'} is missing: run the eval stage first")
+    for file, results in found.items():
+        if not isinstance(results, dict):
+            raise UserError(f"{file} has no figures: delete it and run its stage again")
+    return {name: value for results in found.values() for name, value in results.items()}
