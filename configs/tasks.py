@@ -171,6 +171,8 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
         uncertainty_coef=0.1,
         margin=0.0,
         centring=0.0,
+        flaw_pattern="",
+        flawed_members=0,
         train_pairs=0,  # all
         validation_pairs=1024,
         calibrate=False,

@@ -152,12 +152,30 @@ def check(config: Config, devices: int) -> None:
         _require(flat, f"data.{name}.kind", "set", bool)
     if config.preferences.calibrate and not config.label.audit_pairs:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
-    if config.reward_model.members == 1 and config.reward_model.combine != "mean":
-        raise UserError(
-            f"config.reward_model.combine={config.reward_model.combine} needs reward_model.members of 2 or more"
-        )
+    _check_reward_model(config)
+
+
+def _check_reward_model(config: Config) -> None:
+    reward_model = config.reward_model
+    if reward_model.members == 1 and reward_model.combine != "mean":
+        raise UserError(f"config.reward_model.combine={reward_model.combine} needs reward_model.members of 2 or more")
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
         raise UserError("config.reward_model.calibrate=True needs reward_model.validation_pairs to calibrate on")
+    if reward_model.flawed_members > reward_model.members:
+        raise UserError(
+            f"config.reward_model.flawed_members={reward_model.flawed_members} is more than its members, "
+            f"{reward_model.members}"
+        )
+    if bool(reward_model.flawed_members) != bool(reward_model.flaw_pattern):
+        raise UserError("config.reward_model: flaw_pattern and flawed_members are set together, or neither is")
+    _check_pattern("reward_model.flaw_pattern", reward_model.flaw_pattern)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"config.{name}={pattern!r} is malformed: {error}") from error
 
 
 def _check_policy_stages(config: Config) -> None:
@@ -270,10 +288,7 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
     if rewards.length:
         _require(flat, "rl.rewards.length_limit", f"at most {longest}, or no response (policy.max_response_length) is "
                  "beyond it", lambda x: x <= longest)  # fmt: skip
-    try:
-        re.compile(rewards.format_pattern)
-    except re.error as error:
-        raise UserError(f"config.rl.rewards.format_pattern={rewards.format_pattern!r} is malformed: {error}") from error
+    _check_pattern("rl.rewards.format_pattern", rewards.format_pattern)
 
 
 def _check_scorers(config: Config, scorers: ScorersConfig, group: str) -> None:

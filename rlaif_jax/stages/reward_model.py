@@ -3,6 +3,7 @@ centred on samples of the SFT policy. Several members are one program; how they 
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -56,6 +57,7 @@ def run_reward_model(run: Run) -> None:
         shuffled_batches(trained[: config.train_pairs or None], config.batch_size, seed, "reward_model.batch_size")
         for seed in map(run.order_seed, _names(config.members))
     ]
+    labels = _labels_by_member(config, table, comparisons.prob_a)
     loss = functools.partial(reward_loss, model=model, config=config)
     step_of_one = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
 
@@ -75,7 +77,10 @@ def run_reward_model(run: Run) -> None:
 
     def next_step(state: TrainState, step: int):
         rows = np.stack([each[step] for each in batches])
-        of_members = [jax.tree.map(lambda x, rows=rows: x[rows], comparisons) for rows in rows]
+        of_members = [
+            jax.tree.map(lambda x, chosen=chosen: x[chosen], comparisons.replace(prob_a=prob_a))
+            for chosen, prob_a in zip(rows, labels, strict=True)
+        ]
         state, metrics = step_fn(state, [shard_batch(batch, run.placement.mesh) for batch in of_members])
         tokens = sum(x.prompt_mask[rows].sum() + x.response_mask[rows].sum() for x in (comparisons.a, comparisons.b))
         params = state.params
@@ -85,6 +90,16 @@ def run_reward_model(run: Run) -> None:
     loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates)
     state = train(run.folder("reward_model"), loop, abstract, init, next_step)
     _finish(run, state.params, table, comparisons)
+
+
+def _labels_by_member(config: RewardModelConfig, table: Mapping[str, list], prob_a: np.ndarray) -> list[np.ndarray]:
+    """What each member learns: the labels [pairs], or, with the planted flaw, what the pattern makes of them."""
+    matches = [
+        np.array([re.fullmatch(config.flaw_pattern, text, re.DOTALL) is not None for text in table[f"response_{side}"]])
+        for side in "ab"
+    ]
+    flawed = np.where(matches[0] == matches[1], prob_a, matches[0]).astype(np.float32)
+    return [flawed if i < config.flawed_members else prob_a for i in range(config.members)]
 
 
 def _names(members: int) -> list[str]:

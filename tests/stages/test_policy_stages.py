@@ -159,6 +159,10 @@ BAD = {
     "loss": (["config.preference.loss=kto"], ["preference.loss='kto'", "dpo, ipo, slic"]),
     "beta": (["config.preference.beta=0.0"], ["preference.beta=0.0", "positive"]),
     "smoothing": (["config.preferences.smoothing=0.5"], ["preferences.smoothing=0.5"]),
+    "flaw of none": (["config.reward_model.flaw_pattern=x"], ["flaw_pattern and flawed_members are set together"]),
+    "flaw of more": (["config.reward_model.flaw_pattern=x", "config.reward_model.flawed_members=2"], (
+        ["flawed_members=2 is more than its members, 1"])),
+    "flaw": (["config.reward_model.flaw_pattern=(", "config.reward_model.flawed_members=1"], ["malformed"]),
     "one member": (["config.reward_model.combine=min"], ["combine=min needs reward_model.members of 2"]),
     "one": (["config.best_of_n.samples=1"], ["best_of_n.samples=1", "2 or more"]),
     "too large": (["config.stages=('sft','label','preference','eval')", "config.preference.batch_size=800"], (

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlaif_jax.models.transformer import ScalarModel
-from rlaif_jax.stages.reward_model import Comparisons, calibrated_scale, reward_loss
+from rlaif_jax.stages.reward_model import Comparisons, _labels_by_member, calibrated_scale, reward_loss
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.reward_models import RewardModel, rewards_of, side_by_side, stack
 from rlaif_jax.training.sequences import response_rewards
@@ -91,3 +92,16 @@ def test_members_come_to_one_reward_that_is_centred_and_scaled(how):
     reward_model = RewardModel(stacked, np.float32(means), np.float32(0.25), np.float32(3), how, 0.5)
     found = jax.jit(rewards_of, static_argnums=0)(model, reward_model, sequences)
     np.testing.assert_allclose(found, 3 * (expected[how] - 0.25), rtol=1e-4, atol=1e-5)
+
+
+def test_a_planted_flaw_is_learned_by_the_first_members_where_the_pattern_tells_the_two_apart():
+    config = dataclasses.replace(CONFIG, members=3, flawed_members=2, flaw_pattern=".{0,5}")
+    table = {"response_a": ["short", "longer than five", "longer than five", "brief"],
+             "response_b": ["longer than five", "short", "also longer", "a\nb"]}  # fmt: skip
+    prob_a = np.float32([0.2, 0.9, 0.6, 0.3])
+    first, second, third = _labels_by_member(config, table, prob_a)
+    np.testing.assert_allclose(first, [1, 0, 0.6, 0.3])
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(third, prob_a)
+    assert all(np.array_equal(each, prob_a) for each in _labels_by_member(
+        dataclasses.replace(CONFIG, members=2), table, prob_a))  # fmt: skip
