@@ -7,8 +7,8 @@ are good. `single` is that reward model alone, `clean` one without the flaw. Nei
 between the flaw and the policy; the ground truth is logged beside the proxy, and evaluated.
 
 Fixed before the run: seeds 0 to 4, 96 held-out prompts each, the figures below. The question is whether the share of
-good replies of each arm differs from that of `single`, by its paired interval over seeds (Student t). About 70 minutes on
-2 CPU cores.
+good replies of each arm differs from that of `single`, by its paired interval over seeds (Student t). About 70
+minutes on 2 CPU cores.
 """
 
 from ml_collections import config_dict
