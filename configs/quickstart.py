@@ -259,6 +259,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         checkpoint_every=50,
         keep_best="",
         samples_every=10,
+        max_unscored_rate=0.25,  # of a step's pairs
         online=False,
         sampling=sampling(temperature=1.0),
         loss="dpo",

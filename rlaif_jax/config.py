@@ -105,7 +105,7 @@ class RewardModelConfig:
     max_skipped_updates: int  # as in sft
     checkpoint_every: int  # steps
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
-    members: int  # trained side by side as one program, each with a head and an order of the data of its own
+    members: int  # trained side by side as one program, each with an order of the data and a head of its own
     combine: str  # "mean", "min" (worst case), "uncertainty" or "weights" (their average), see losses/reward.py
     uncertainty_coef: float  # of "uncertainty": what a unit of the members' variance takes away
     margin: float  # by which the better response is to lead where a label is sure
@@ -225,6 +225,7 @@ class PreferenceConfig:
     checkpoint_every: int  # steps
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     samples_every: int  # steps between entries of samples.jsonl, where pairs are made online
+    max_unscored_rate: float  # online: a larger share of a step's pairs that the judge could not score stops the stage
     online: bool  # pairs of the live policy, judged at once (OAIF); False: those of the stage label
     sampling: SamplingConfig  # of pairs made online; its temperature is also that of every log-prob
     loss: str  # "dpo", "ipo" or "slic"

@@ -95,7 +95,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
-    ("rl.rewards.max_unscored_rate", "from 0 to below 1", lambda x: 0 <= x < 1),
+    ("*.max_unscored_rate", "from 0 to below 1", lambda x: 0 <= x < 1),
     ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
     ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
     ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
@@ -135,14 +135,11 @@ def check(config: Config, devices: int) -> None:
     for name in config.stages:
         if name in _NEEDS and _NEEDS[name] not in config.stages:
             raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
-    _check_policy_stages(config)
+    _check_policy_stages(config, flat)
     _check_rl(config, flat, devices)
     _check_judges(config)
     if "overoptimisation" in config.stages:
         _check_overoptimisation(config)
-    needed = config.reward_model.batch_size + config.reward_model.validation_pairs
-    _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
-        x >= needed))  # fmt: skip
     longest = config.policy.max_prompt_length + config.policy.max_response_length
     _require(flat, "sft.row_length", f"at least max_prompt_length + max_response_length of the policy, {longest}", (
         lambda x: x >= longest))  # fmt: skip
@@ -152,11 +149,22 @@ def check(config: Config, devices: int) -> None:
         _require(flat, f"data.{name}.kind", "set", bool)
     if config.preferences.calibrate and not config.label.audit_pairs:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
-    _check_reward_model(config)
+    if "reward_model" in config.stages:
+        _check_reward_model(config, flat)
+    if "best_of_n" in config.stages:
+        slots = config.sampler.slots
+        _require(flat, "best_of_n.samples", f"at most sampler.slots, {slots}", lambda x: x <= slots)
+        _require(flat, "best_of_n.sampling.temperature", "above 0, or all samples are the same", lambda x: x > 0)
 
 
-def _check_reward_model(config: Config) -> None:
+def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:
     reward_model = config.reward_model
+    needed = reward_model.batch_size + reward_model.validation_pairs
+    _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
+        x >= needed))  # fmt: skip
+    least = reward_model.batch_size
+    _require(flat, "reward_model.train_pairs", f"0 (all) or at least reward_model.batch_size, {least}", lambda x: (
+        x == 0 or x >= least))  # fmt: skip
     if reward_model.members == 1 and reward_model.combine != "mean":
         raise UserError(f"config.reward_model.combine={reward_model.combine} needs reward_model.members of 2 or more")
     if config.reward_model.calibrate and not config.reward_model.validation_pairs:
@@ -178,7 +186,7 @@ def _check_pattern(name: str, pattern: str) -> None:
         raise UserError(f"config.{name}={pattern!r} is malformed: {error}") from error
 
 
-def _check_policy_stages(config: Config) -> None:
+def _check_policy_stages(config: Config, flat: Mapping[str, Any]) -> None:
     stages, preference = config.stages, config.preference
     trained = [stage for stage in stages if stage in POLICY_STAGES]
     if len(trained) > 1:
@@ -189,6 +197,13 @@ def _check_policy_stages(config: Config) -> None:
         return
     if not preference.online and "label" not in stages:
         raise UserError("config.stages: preference needs label, or preference.online=True")
+    if preference.online and "label" in stages:
+        raise UserError(
+            "config.preference.online=True makes its own labels: leave label out of config.stages, and the reward model"
+        )
+    if not preference.online:
+        _require(flat, "preference.batch_size", f"at most label.pairs, {config.label.pairs}", lambda x: (
+            x <= config.label.pairs))  # fmt: skip
     if preference.online and config.preferences.calibrate:
         raise UserError(
             "config.preferences.calibrate=True is for the stage label: set it to False with preference.online"

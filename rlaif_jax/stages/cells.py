@@ -18,7 +18,7 @@ from etils import epath
 from rlaif_jax.config import Config, override
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, write_json
-from rlaif_jax.stages.pipeline import is_done, run_stages, stage_inputs
+from rlaif_jax.stages.pipeline import check_verifiers, is_done, run_stages, stage_inputs
 from rlaif_jax.stages.run import Run, open_run, run_record
 
 
@@ -79,6 +79,7 @@ def make_cells(sweep: SweepConfig, root: epath.Path) -> list[Cell]:
     for arm, changes in sweep.arms.items():
         with blame(f"arms.{arm}"):
             runs[arm] = open_run(override(sweep.base, changes), root)
+            check_verifiers(runs[arm], runs[arm].config.stages)
     return [_cell(root, arm, seed, run) for seed in sweep.seeds for arm, run in runs.items()]
 
 

@@ -1,6 +1,6 @@
 """The stages in order, what each depends on, and the record of what has run under which config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from etils import epath
 
@@ -33,12 +33,13 @@ STAGES: dict[str, Callable[[Run], bool | None]] = {
     "overoptimisation": run_overoptimisation,
 }
 
+_SCORES = ("rl.rewards", "rl.penalise_missing_eos", "rl.missing_eos_reward")  # what a reply is worth
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
 _PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
     "label": ("judge", "panel.judges", "panel.combine", "sampler", "label"),
     "reward_model": ("panel", "preferences", "reward_model"),
-    "best_of_n": ("sampler", "judge", "rl", "best_of_n"),
+    "best_of_n": ("sampler", "judge", *_SCORES, "best_of_n"),
     "preference": ("sampler", "judge", "panel", "preferences", "preference"),
     "rl": ("sampler", "judge", "rl"),
     "eval": ("judge", "sampler", "evaluation"),
@@ -52,6 +53,7 @@ _OPERATIONAL = (
     "evaluation.shown_samples",
     ".batch_tokens",
     ".max_failure_rate",
+    ".max_unscored_rate",
     ".cache",
     "buckets",
     "bucket_multiple",
@@ -74,17 +76,22 @@ def plan(run: Run, names: list[str]) -> list[str]:
     for name in names:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
+    check_verifiers(run, names)
+    if not names:
+        raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
+    for name in order[: 1 + max(map(order.index, names))]:
+        _check_config(run, name)
+    return sorted(set(names), key=order.index)
+
+
+def check_verifiers(run: Run, names: Iterable[str]) -> None:
+    """Raises UserError where one of these stages needs a verifier that can't be found."""
     for group, scorers, users in (
         ("rl.rewards", run.config.rl.rewards, {"rl", "best_of_n", "overoptimisation"}),
         ("rl.gold", run.config.rl.gold, {"rl", "overoptimisation"}),
     ):
         if scorers.verifier and users & set(names) and scorers.verifier_function != "ground_truth":
             find_verifier(scorers.verifier_function, group)
-    if not names:
-        raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
-    for name in order[: 1 + max(map(order.index, names))]:
-        _check_config(run, name)
-    return sorted(set(names), key=order.index)
 
 
 def run_stages(run: Run, names: list[str]) -> None:

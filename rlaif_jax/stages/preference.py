@@ -71,7 +71,7 @@ def run_preference(run: Run) -> None:
         abstract_state(model, optimizer, run.placement),
         lambda: init_state(model, reference, optimizer, run.placement),
         next_step,
-        functools.partial(_watch, run.config.judge.max_failure_rate),
+        functools.partial(_watch, config.max_unscored_rate),
     )
 
 
@@ -210,5 +210,5 @@ def _watch(limit: float, step: int, metrics: dict) -> None:
     if metrics.get("unscored", 0) > limit:
         raise UserError(
             f"stage preference stopped at step {step}: the judge could not score {metrics['unscored']:.1%} of the "
-            f"pairs, more than config.judge.max_failure_rate={limit:g}"
+            f"pairs, more than config.preference.max_unscored_rate={limit:g}"
         )

@@ -116,7 +116,7 @@ def _unpadded(encoded: Encoded) -> list[list[int]]:
 
 
 def _replies(run: Run, encoded: Encoded, copies: int, rows: dict[int, dict]) -> Replies:
-    ordered, limit = [rows[row] for row in sorted(rows)], run.config.policy.max_response_length
+    ordered, limit = [rows[row] for row in range(copies * len(encoded[0]))], run.config.policy.max_response_length
     tokens, mask = np.zeros((len(ordered), limit), np.int32), np.zeros((len(ordered), limit), bool)
     for row, reply in enumerate(ordered):
         length = len(reply["tokens"])

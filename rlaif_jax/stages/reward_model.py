@@ -27,7 +27,7 @@ from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.reward_models import RewardModel, member_rewards, rewards_of, side_by_side, stack
+from rlaif_jax.training.reward_models import RewardModel, member_rewards, over_members, rewards_of, side_by_side, stack
 from rlaif_jax.training.sequences import Sequences, response_rewards
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
 from rlaif_jax.training.step import train_step
@@ -47,7 +47,7 @@ def reward_loss(params, batch: Comparisons, model: ScalarModel, config: RewardMo
 def run_reward_model(run: Run) -> None:
     """Reads `label/`; writes `reward_model/` checkpoints, normalisation.json and results.json.
 
-    The last pairs are held out. Each member has a head and an order of the data of its own.
+    The last pairs are held out. Each member has an order of the data and, but for "weights", a head of its own.
     """
     config, table = run.config.reward_model, read_preferences(run)
     comparisons = encode_comparisons(run, table)
@@ -58,12 +58,14 @@ def run_reward_model(run: Run) -> None:
         for seed in map(run.order_seed, _names(config.members))
     ]
     labels = _labels_by_member(config, table, comparisons.prob_a)
-    loss = functools.partial(reward_loss, model=model, config=config)
-    step_of_one = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
+
+    def step_of_one(model: ScalarModel, state: TrainState, batch: Comparisons):
+        loss = functools.partial(reward_loss, model=model, config=config)
+        return train_step(state, batch, loss, optimizer, config.micro_batches)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step_fn(state: TrainState, batches: list[Comparisons]):
-        state, metrics = jax.vmap(step_of_one)(state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
+        state, metrics = over_members(step_of_one, model, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
         counts = ("skipped", "skipped_updates")
         return state, {name: jnp.sum(x) if name in counts else jnp.mean(x) for name, x in metrics.items()}
 
@@ -71,7 +73,9 @@ def run_reward_model(run: Run) -> None:
 
     def init() -> TrainState:
         decoder = run.trained_params("sft", run.language_model())["decoder"]
-        heads = [init_parameters(model, run.key("reward_head", i), run.placement) for i in range(config.members)]
+        # An average of weights means something between models that began alike (WARM, section 3).
+        numbers = [0 if config.combine == "weights" else i for i in range(config.members)]
+        heads = [init_parameters(model, run.key("reward_head", number), run.placement) for number in numbers]
         members = [init_state(model, head | {"decoder": decoder}, optimizer, run.placement) for head in heads]
         return stack(members, abstract)
 
@@ -162,9 +166,11 @@ def _figures(run: Run, pairs: Mapping[str, list], reward_a, reward_b, lengths, m
     figures["reward_model_calibration/ece"] = bootstrap_ci(
         (prob_a, label), expected_calibration_error, resamples, seed, centred=True
     )
-    if np.ptp(reward_a - reward_b) and np.ptp(lengths[0] - lengths[1]):
-        columns = (reward_a - reward_b, lengths[0] - lengths[1])
-        figures["reward_model_length_correlation"] = bootstrap_ci(columns, _rank_correlation, resamples, seed)
+    columns = (reward_a - reward_b, lengths[0] - lengths[1])
+    known = all(np.ptp(column) for column in columns)
+    figures["reward_model_length_correlation"] = (
+        bootstrap_ci(columns, _rank_correlation, resamples, seed) if known else mean_ci([], resamples, seed)
+    )
     if truth := run.ground_truth():
         rows = [dict(zip(pairs, row, strict=True)) for row in zip(*pairs.values(), strict=True)]
         values = ground_truth_agreement(truth, rows, prob_a)

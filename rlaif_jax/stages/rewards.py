@@ -126,9 +126,9 @@ def load_rewards(run: Run) -> TextRewards:
 
 
 def load_gold(run: Run) -> Gold:
-    """As `load_rewards`, of the gold reward."""
+    """As `load_rewards`, of the gold reward; its judge knows what it says, be the other one shuffled."""
     gold, judge = run.config.rl.gold, run.config.judge
-    judge = dataclasses.replace(judge, weights=gold.judge_weights or judge.weights)
+    judge = dataclasses.replace(judge, weights=gold.judge_weights or judge.weights, shuffle_weights=False)
     return Gold(_load(run, gold, "rl.gold", judge))
 
 

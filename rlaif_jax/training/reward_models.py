@@ -1,5 +1,9 @@
 """Reward models that were trained side by side, and the one reward that they come to."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -29,7 +33,20 @@ def rewards_of(model: ScalarModel, reward_model: RewardModel, sequences: Sequenc
 
 def member_rewards(model: ScalarModel, params, sequences: Sequences) -> jax.Array:
     """What each member says: [members, batch] float32. params: each leaf [members, ...]."""
-    return jax.vmap(response_rewards, in_axes=(None, 0, None))(model, params, sequences)
+    return over_members(lambda model, params: response_rewards(model, params, sequences), model, params)
+
+
+def over_members(function: Callable, model: ScalarModel, *trees):
+    """`function(model, *trees of one member)` for all members at once; each leaf of `trees` is [members, ...].
+
+    cuDNN's attention can't be vectorised over parameters, so several members go without it; one keeps it.
+    """
+    if jax.tree.leaves(trees)[0].shape[0] == 1:
+        result = function(model, *jax.tree.map(lambda x: x[0], trees))
+        return jax.tree.map(lambda x: x[None], result)
+    if jax.default_backend() == "gpu" or model.config.attention == "cudnn":
+        model = ScalarModel(dataclasses.replace(model.config, attention="plain"))
+    return jax.vmap(functools.partial(function, model))(*trees)
 
 
 def side_by_side(abstract, members: int):

@@ -42,7 +42,7 @@ def train_step(
 def _loss_and_gradient(params, batch, loss: Loss, parts: int) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     def weighted(params, batch, weights):
         sums, own, metrics = loss(params, batch)
-        means = jax.tree.map(lambda x, weight: x / jnp.maximum(weight, 1.0), sums, own if weights is None else weights)
+        means = jax.tree.map(_over, sums, own if weights is None else weights)
         return sum(jax.tree.leaves(means)), metrics
 
     gradient = jax.value_and_grad(weighted, has_aux=True)
@@ -60,4 +60,9 @@ def _loss_and_gradient(params, batch, loss: Loss, parts: int) -> tuple[jax.Array
         shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch), weights)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         ((value, metrics), grads), _ = jax.lax.scan(add, zeros, batch)
-    return value, {name: x / jnp.maximum(weight, 1.0) for name, (x, weight) in metrics.items()}, grads
+    return value, {name: _over(x, weight) for name, (x, weight) in metrics.items()}, grads
+
+
+def _over(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """The mean; 0 where nothing counts."""
+    return total / jnp.where(weight > 0, weight, 1.0)

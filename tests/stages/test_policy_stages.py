@@ -109,16 +109,15 @@ def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path
 
     def lost(*arguments):
         found = judge_pairs(*arguments)
-        return [dataclasses.replace(each, status="not_finite", verdict=None) for each in found]
+        return [*found[:1], *(dataclasses.replace(each, status="not_finite", verdict=None) for each in found[1:])]
 
     monkeypatch.setattr(preference, "judge_pairs", lost)
-    options = (*ONLINE, "--config.preference.optimizer.learning_rate=0.1", "--stages=preference")
-    allowed = ("--config.judge.max_failure_rate=1.0", "--config.preference.steps=2")
-    assert main(begun(judge, labelled, tmp_path / "run", *options, *allowed)) == 0
-    first, last = lines(tmp_path / "run", "preference")
-    assert first["unscored"] == 1 and first["loss"] == 0 and first["param_norm"] == last["param_norm"]
+    options, allowed = (*ONLINE, "--stages=preference"), ("--config.preference.max_unscored_rate=0.9",)
+    assert main(begun(judge, labelled, tmp_path / "run", *options, *allowed, "--config.preference.steps=1")) == 0
+    (line,) = lines(tmp_path / "run", "preference")
+    assert line["unscored"] == 7 / 8 and line["loss"] == pytest.approx(np.log(2), rel=1e-4)
     assert main(begun(judge, labelled, tmp_path / "stopped", *options)) == 2
-    assert "could not score 100.0% of the pairs" in capfd.readouterr().err
+    assert "could not score 87.5% of the pairs" in capfd.readouterr().err
 
 
 def test_the_best_of_n_is_what_the_policy_is_tuned_on(judge, labelled, tmp_path, monkeypatch):
@@ -140,6 +139,17 @@ def test_the_best_of_n_is_what_the_policy_is_tuned_on(judge, labelled, tmp_path,
     assert lines(tmp_path / "whole", "best_of_n") == lines(tmp_path / "killed", "best_of_n")
 
 
+def test_replies_of_another_config_are_never_taken_for_those_of_this_one(judge, labelled, tmp_path, monkeypatch, capfd):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(best_of_n, "score_replies", killed)
+    assert main(begun(judge, labelled, tmp_path / "run", *BEST, "--stages=best_of_n")) == 130
+    other = ("--config.best_of_n.sampling.temperature=0.5", "--stages=best_of_n")
+    assert main(begun(judge, labelled, tmp_path / "run", *BEST, *other)) == 2
+    assert "best_of_n.sampling.temperature=0.5 (was 1.0)" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_replies_without_a_score_are_never_chosen(judge, labelled, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(best_of_n, "score_replies", lambda run, rewards, reward_model, replies, prompts: np.where(
@@ -152,7 +162,13 @@ def test_replies_without_a_score_are_never_chosen(judge, labelled, tmp_path, mon
     assert set(chosen["reward"]) == {-1.0} and set(chosen["mean_reward"]) == {-1.5}
 
 
+REWARDED = [option.removeprefix("--") for option in BEST[1:]]
 BAD = {
+    "labels for nobody": (["config.stages=('sft','label','preference','eval')", "config.preference.online=True"], (
+        ["makes its own labels", "leave label out"])),
+    "same samples": ([BEST[0][2:], *REWARDED, "config.best_of_n.sampling.temperature=0.0"], (
+        ["all samples are the same"])),
+    "few": (["config.reward_model.train_pairs=4"], ["train_pairs=4", "at least reward_model.batch_size, 8"]),
     "no labels": (["config.stages=('sft','preference','eval')"], ["preference needs label", "preference.online=True"]),
     "two policies": (["config.stages=('sft','label','preference','rl','eval')"], ["only one of preference, rl"]),
     "no policy": (["config.stages=('sft','label','eval')"], ["eval needs one of"]),
@@ -166,7 +182,7 @@ BAD = {
     "one member": (["config.reward_model.combine=min"], ["combine=min needs reward_model.members of 2"]),
     "one": (["config.best_of_n.samples=1"], ["best_of_n.samples=1", "2 or more"]),
     "too large": (["config.stages=('sft','label','preference','eval')", "config.preference.batch_size=800"], (
-        ["preference.batch_size makes a batch of 800"])),
+        ["preference.batch_size=800", "at most label.pairs, 16"])),
 }  # fmt: skip
 
 

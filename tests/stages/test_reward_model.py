@@ -4,12 +4,14 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
+from rlaif_jax.models.parameters import abstract_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.stages.reward_model import Comparisons, _labels_by_member, calibrated_scale, reward_loss
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.reward_models import RewardModel, rewards_of, side_by_side, stack
-from rlaif_jax.training.sequences import response_rewards
+from rlaif_jax.training.reward_models import RewardModel, member_rewards, rewards_of, side_by_side, stack
+from rlaif_jax.training.sequences import Sequences, response_rewards
 from rlaif_jax.training.state import abstract_state, init_state
 from rlaif_jax.training.step import train_step
 from tests.helpers import TINY, one_device, optimizer_config, quickstart_config, random_params, random_sequences
@@ -105,3 +107,17 @@ def test_a_planted_flaw_is_learned_by_the_first_members_where_the_pattern_tells_
     np.testing.assert_array_equal(third, prob_a)
     assert all(np.array_equal(each, prob_a) for each in _labels_by_member(
         dataclasses.replace(CONFIG, members=2), table, prob_a))  # fmt: skip
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_members_are_scored_and_trained_where_cudnn_would_attend(members, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda *arguments, **settings: True)
+    model = ScalarModel(dataclasses.replace(TINY, dtype="bfloat16", attention="cudnn"))
+    params = side_by_side(abstract_parameters(model, one_device()), members)
+    sequences = Sequences(*(np.zeros((8, 64), dtype) for dtype in (np.int32, bool, np.int32, bool)))  # as cuDNN likes
+
+    def loss(params):
+        return member_rewards(model, params, sequences).sum()
+
+    assert jax.eval_shape(jax.grad(loss), params)["kernel"].shape[0] == members
