@@ -101,20 +101,25 @@ def _following(fields: config_dict.ConfigDict, **changes) -> config_dict.ConfigD
     return copy
 
 
+def rating_prompt(template: str) -> config_dict.ConfigDict:
+    """Each response is rated by itself, without worked examples."""
+    return group(
+        template=template,
+        preamble="base",
+        shots=0,
+        exemplars="",
+        method="rating",
+        chain_of_thought=False,
+        chat=False,
+    )
+
+
 def no_gold(template: str) -> config_dict.ConfigDict:
     """No gold reward: give `judge` or `verifier` a weight to log one beside the reward that RL follows."""
     return group(
         judge=0.0,
         judge_weights="",  # those of `judge`
-        judge_prompt=group(
-            template=template,
-            preamble="base",
-            shots=0,
-            exemplars="",
-            method="rating",
-            chain_of_thought=False,
-            chat=False,
-        ),
+        judge_prompt=rating_prompt(template),
         verifier=0.0,
         verifier_function="ground_truth",
     )

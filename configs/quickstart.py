@@ -27,6 +27,7 @@ from configs.parts import (
     overoptimisation,
     panel,
     preference_losses,
+    rating_prompt,
     rl_losses,
     sampling,
     source,
@@ -192,15 +193,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         rewards=group(
             reward_model=1.0,  # the weight of each part; 0 leaves it out
             judge=0.0,
-            judge_prompt=group(
-                template="everyday_requests",
-                preamble="base",
-                shots=0,
-                exemplars="",
-                method="rating",
-                chain_of_thought=False,
-                chat=False,
-            ),
+            judge_prompt=rating_prompt("everyday_requests"),
             verifier=0.0,
             verifier_function="ground_truth",
             length=0.0,

@@ -159,24 +159,13 @@ def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) ->
     config.label.update(pairs=92_000, audit_pairs=3_000)
     config.label.sampling.temperature = 0.9
     config.sampler.update(slots=256, refill=32, chunk=16, prompt_buckets=4, bucket_multiple=64)
-    config.reward_model = group(
+    config.reward_model.update(
         steps=3 * 92_000 // reward_model_batch_size,  # three epochs
         batch_size=reward_model_batch_size,
-        micro_batches=1,
         max_skipped_updates=10,
         checkpoint_every=200,
-        keep_best="",
-        members=1,
-        combine="mean",
-        uncertainty_coef=0.1,
-        margin=0.0,
-        centring=0.0,
-        flaw_pattern="",
-        flawed_members=0,
-        train_pairs=0,  # all
         validation_pairs=1024,
         calibrate=False,
-        min_evidence=2.0,
         optimizer=optimizer(1e-5, **constant),
     )
     config.rl.update(steps=7_300, batch_size=128, checkpoint_every=100, samples_every=50)
