@@ -40,12 +40,12 @@ def policy_stage(stages: tuple[str, ...] | list[str]) -> str:
 
 
 def title(config: Mapping[str, Any]) -> str:
-    """What a run's trained policy is called: RL, DPO, online DPO ... `config`: dotted names and values."""
+    """What a run's trained policy is called: RL, DPO, Online DPO ... `config`: dotted names and values."""
     stage = policy_stage(config.get("stages", ()))
     if stage != "preference":
-        return {"rl": "RL", "best_of_n": "best-of-n"}[stage]
-    loss = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC"}.get(config.get("preference.loss"), "preference")
-    return f"online {loss}" if config.get("preference.online") else loss
+        return {"rl": "RL", "best_of_n": "Best-of-n"}[stage]
+    loss = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC"}.get(config.get("preference.loss"), "Preference")
+    return f"Online {loss}" if config.get("preference.online") else loss
 
 
 def by_role(names: Mapping[str, Any], stage: str) -> dict[str, Any]:

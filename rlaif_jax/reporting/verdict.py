@@ -69,7 +69,6 @@ def judge(run: RunData) -> Verdict:
     direction = "none" if truth is None else _direction(truth)
     tone, heading = _HEADINGS[side, direction]
     heading = heading.format(title=run.title)
-    heading = heading[0].upper() + heading[1:]
     sentences = [_win_sentence(run, win, side), _truth_sentence(run, truth, side)]
     if run.config.get("judge.shuffle_weights"):
         tone, heading = _control(run, side, direction)

@@ -100,7 +100,7 @@ def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, label
     assert {"win_rate/preference_vs_sft", "ground_truth_good/preference", "kl/preference_vs_sft"} <= set(results)
     assert results["judge_is_training_judge"] is True
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "online DPO replies" in page and "RL replies" not in page
+    assert "Online DPO replies" in page and "RL replies" not in page
 
 
 def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path, monkeypatch, capfd):
