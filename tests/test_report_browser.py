@@ -69,8 +69,8 @@ def test_the_filters_choose_replies(chromium, page):
         return [cards.filter((card) => card.offsetHeight > 0).length, document.getElementById("shown").textContent];
     }"""
     assert chromium.evaluate(f"({choose})('outcome', '')") == [8, "8 of 8"]
-    assert chromium.evaluate(f"({choose})('outcome', 'rl')") == [4, "4 of 8"]
-    assert chromium.evaluate(f"({choose})('truth', 'rl')") == [4, "4 of 8"]
+    assert chromium.evaluate(f"({choose})('outcome', 'policy')") == [4, "4 of 8"]
+    assert chromium.evaluate(f"({choose})('truth', 'policy')") == [4, "4 of 8"]
     assert chromium.evaluate(f"({choose})('query', 'onerror=ALERT')") == [0, "0 of 8"]
     assert chromium.evaluate(f"({choose})('truth', '')") == [0, "0 of 8"]
     assert chromium.evaluate(f"({choose})('outcome', '')") == [4, "4 of 8"]

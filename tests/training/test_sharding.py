@@ -41,7 +41,7 @@ def loss_sft():
 
 
 def loss_reward():
-    pairs = Comparisons(SEQUENCES, random_sequences(1, 8), RNG.uniform(0, 1, 8).astype(np.float32))
+    pairs = Comparisons(SEQUENCES, random_sequences(1, 8), *RNG.uniform(0, 1, (2, 8)).astype(np.float32))
     return SCALAR, functools.partial(reward_loss, model=SCALAR, config=quickstart_config().reward_model), pairs
 
 
