@@ -120,6 +120,7 @@ def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path
     assert "could not score 87.5% of the pairs" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_best_of_n_is_what_the_policy_is_tuned_on(judge, labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
     assert main(begun(judge, labelled, tmp_path / "whole", *BEST)) == 0
@@ -197,7 +198,8 @@ def test_what_can_not_be_trained_is_one_clear_line(judge, labelled, tmp_path, ca
 MEMBERS = ("--config.stages=('sft','label','reward_model','rl','eval')", "--config.reward_model.members=3")
 
 
-@pytest.mark.parametrize("how", ["min", pytest.param("weights", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["min", "weights"])
 def test_reward_models_side_by_side_are_one_reward(judge, labelled, tmp_path, how):
     options = (*MEMBERS, f"--config.reward_model.combine={how}", "--config.reward_model.train_pairs=8")
     options += ("--config.reward_model.centring=0.01", "--config.reward_model.margin=0.1")

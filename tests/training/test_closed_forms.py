@@ -199,7 +199,7 @@ CASES = {
 }  # fmt: skip
 
 
-FAST = ("ppo, k1 in the reward", "reinforce, Lee et al.", "rloo, k2 in the loss", "grpo, k3 in the loss")
+FAST = ("reinforce, Lee et al.", "rloo, k2 in the loss", "grpo, k3 in the loss")
 MARKED = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
