@@ -77,7 +77,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("reward_model.combine", f"one of {', '.join(COMBINATIONS)}", lambda x: x in COMBINATIONS),
     ("reward_model.members", "positive", lambda x: x > 0),
     (
-        "reward_model.uncertainty_coef reward_model.margin reward_model.centring reward_model.train_pairs",
+        "reward_model.uncertainty_coef reward_model.margin reward_model.centring reward_model.train_pairs "
+        "reward_model.flawed_members",
         "0 or more",
         (lambda x: x >= 0),
     ),

@@ -2,9 +2,9 @@
 
     python -m rlaif_jax.sweep --config=configs/sweeps/quickstart_flaw.py --workdir=runs/sweeps
 
-In the flawed one, replies of at most 80 characters win over longer ones: 8 % of the SFT policy's replies, of which few
-are good. `single` is that reward model alone, `clean` one without the flaw. Neither a KL penalty nor calibration stands
-between the flaw and the policy; the ground truth is logged beside the proxy, and evaluated.
+In the flawed one, replies of at most 80 characters win over longer ones, as few of the SFT policy's replies are, and
+fewer good ones. `single` is that reward model alone, `clean` one without the flaw. Neither a KL penalty nor calibration
+stands between the flaw and the policy; the ground truth is logged beside the proxy, and evaluated.
 
 Fixed before the run: seeds 0 to 4, 96 held-out prompts each, the figures below. The question is whether the share of
 good replies of each arm differs from that of `single`, by its paired interval over seeds (Student t). About 70

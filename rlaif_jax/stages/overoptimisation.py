@@ -29,8 +29,8 @@ from rlaif_jax.files import (
 from rlaif_jax.progress import progress
 from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
 from rlaif_jax.stages.replies import Replies, keep_replies
-from rlaif_jax.stages.reward_model import load_reward_model, score
-from rlaif_jax.stages.rewards import load_gold, load_rewards
+from rlaif_jax.stages.reward_model import load_reward_model
+from rlaif_jax.stages.rewards import load_gold, load_rewards, proxy_scores
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences
 
@@ -89,11 +89,9 @@ def _scorer(run: Run) -> Scorer:
     reward_model = load_reward_model(run) if rewards.reward_model else None
 
     def score_replies(prompts: list[str], texts: list[str], sequences: Sequences) -> dict[str, np.ndarray]:
-        proxy, _ = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1))
-        if reward_model is not None:
-            batch_size = run.config.overoptimisation.batch_size
-            proxy = proxy + rewards.reward_model * score(run, reward_model, sequences, batch_size)
-        return {"proxy": proxy.astype(float), "gold": gold(prompts, texts)}
+        batch_size = run.config.overoptimisation.batch_size
+        proxy = proxy_scores(run, text_rewards, reward_model, prompts, texts, sequences, batch_size)
+        return {"proxy": proxy, "gold": gold(prompts, texts)}
 
     return score_replies
 

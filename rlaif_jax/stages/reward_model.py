@@ -234,7 +234,9 @@ def load_reward_model(run: Run) -> RewardModel:
     normalisation, whole = read_json(file), run.placement.whole
     numbers = jax.device_put([np.float32(normalisation[name]) for name in ("mean", "scale")], whole)
     means = jax.device_put(np.float32(normalisation["member_means"]), whole)
-    reward_model = _uncalibrated(run, _trained_members(run))
+    reward_model = _uncalibrated(
+        run, run.trained_params("reward_model", run.scalar_model(), run.config.reward_model.members)
+    )
     return reward_model.replace(means=means, offset=numbers[0], scale=numbers[1])
 
 
@@ -243,12 +245,6 @@ def first_member(reward_model: RewardModel) -> dict:
     params = jax.tree.map(lambda x: x[0], reward_model.params)
     bias = params["bias"] - reward_model.means[0] - reward_model.offset
     return params | {"kernel": reward_model.scale * params["kernel"], "bias": reward_model.scale * bias}
-
-
-def _trained_members(run: Run) -> dict:
-    """The members' parameters at the end of the stage. Raises UserError where they are not there."""
-    config, model = run.config.reward_model, run.scalar_model()
-    return run.trained_params("reward_model", model, config.members)
 
 
 def score(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size: int) -> np.ndarray:

@@ -16,10 +16,10 @@ from rlaif_jax.stages.reward_model import score
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.verifier import Verifier, find_verifier, verified
 from rlaif_jax.training.reward_models import RewardModel
+from rlaif_jax.training.sequences import Sequences
 
-Parts = dict[
-    str, tuple[float, np.ndarray]
-]  # name -> its weight, and a value for each response, NaN where there is none
+# name -> its weight, and a value for each response, NaN where there is none
+Parts = dict[str, tuple[float, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +102,31 @@ def _total(parts: Parts, count: int) -> np.ndarray:
     return np.where(np.isfinite(total), total, np.nan)
 
 
+def proxy_scores(
+    run: Run,
+    rewards: TextRewards,
+    reward_model: RewardModel | None,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    sequences: Sequences,
+    batch_size: int,
+) -> np.ndarray:
+    """All parts of `rl.rewards` together, as RL's reward/mean: [n] float64, NaN where a part is missing.
+
+    prompts: one a reply. reward_model: None where it has no part. batch_size: replies that it scores at a time.
+    """
+    scores = rewards(prompts, texts, sequences.response_mask.sum(axis=1))[0].astype(float)
+    if reward_model is not None:
+        scores += run.config.rl.rewards.reward_model * score(run, reward_model, sequences, batch_size)
+    return scores
+
+
 def score_replies(
     run: Run, rewards: TextRewards, reward_model: RewardModel | None, replies: Replies, prompts: list[str]
-):
-    """The score of each reply by all parts of `rl.rewards`, as RL would have it before normalisation: [n] float64.
-
-    prompts: one a reply. reward_model: None where it has no part. NaN where a part is missing.
-    """
-    config, lengths = run.config.rl, replies.sequences.response_mask.sum(axis=1)
-    scores, _ = rewards(prompts, replies.texts, lengths)
-    scores = scores.astype(float)
-    if reward_model is not None:
-        batch_size = run.config.evaluation.batch_size
-        scores += config.rewards.reward_model * score(run, reward_model, replies.sequences, batch_size)
+) -> np.ndarray:
+    """`proxy_scores` of replies, with what RL gives those that were cut off at the limit."""
+    config, batch_size = run.config.rl, run.config.evaluation.batch_size
+    scores = proxy_scores(run, rewards, reward_model, prompts, replies.texts, replies.sequences, batch_size)
     if config.penalise_missing_eos:
         scores = np.where(np.array(replies.ended) | np.isnan(scores), scores, config.missing_eos_reward)
     return scores

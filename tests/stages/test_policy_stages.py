@@ -176,6 +176,8 @@ BAD = {
     "loss": (["config.preference.loss=kto"], ["preference.loss='kto'", "dpo, ipo, slic"]),
     "beta": (["config.preference.beta=0.0"], ["preference.beta=0.0", "positive"]),
     "smoothing": (["config.preferences.smoothing=0.5"], ["preferences.smoothing=0.5"]),
+    "flaw of less": (["config.reward_model.flaw_pattern=x", "config.reward_model.flawed_members=-1"], (
+        ["flawed_members=-1", "0 or more"])),
     "flaw of none": (["config.reward_model.flaw_pattern=x"], ["flaw_pattern and flawed_members are set together"]),
     "flaw of more": (["config.reward_model.flaw_pattern=x", "config.reward_model.flawed_members=2"], (
         ["flawed_members=2 is more than its members, 1"])),
