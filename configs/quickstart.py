@@ -18,6 +18,7 @@ to see that everything runs).
 from ml_collections import config_dict
 
 from configs.parts import (
+    critique,
     direct_rlaif,
     embedded_corpus,
     group,
@@ -30,6 +31,7 @@ from configs.parts import (
     rating_prompt,
     rl_losses,
     sampling,
+    sl_cai,
     source,
     teacher,
 )
@@ -70,6 +72,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         layout="request",
         demonstrations=source(kind="embedded"),
         train_prompts=source(kind="embedded"),
+        red_team_prompts=source(),
         evaluation_prompts=source(kind="embedded"),
         comparisons=source(),
         evaluation_comparisons=source(),
@@ -147,6 +150,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         keep_best="",  # "min loss" also keeps the checkpoint whose last step had the lowest
         optimizer=optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
     )
+    config.critique = critique()
+    config.sl_cai = sl_cai()
     config.label = group(
         source="ai",
         pairs=192,

@@ -212,7 +212,7 @@ class _File:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    fields = _load_yaml(path)
+    fields = load_yaml(path)
     if not isinstance(fields, dict):
         raise UserError(f"judge template {path} must be a mapping of fields")
     known = [field.name for field in dataclasses.fields(_File)]
@@ -221,7 +221,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return fields
 
 
-def _load_yaml(path: epath.Path) -> Any:
+def load_yaml(path: epath.Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -249,7 +249,7 @@ def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
             raise ValueError(f"it must have two choices, none the beginning of the other: {choices}")
     if reasoning and not all(questions):
         raise ValueError("after a rationale it needs a verdict to lead to the answer")
-    _check_placeholders(item, _ITEM if rating else _PAIR)
+    check_placeholders(item, _ITEM if rating else _PAIR)
     if config.shots and config.method != "pairwise":
         raise ValueError(f"its examples are for pairwise questions: judge.prompt.method={config.method} needs shots=0")
     name = f"{path.stem}:{config.method if rating else config.preamble},{config.shots}-shot"
@@ -276,7 +276,7 @@ def _reasoning(fields: Mapping) -> Reasoning:
     return Reasoning(cue, tuple(stop))
 
 
-def _check_placeholders(item: str, wanted: set[str]) -> None:
+def check_placeholders(item: str, wanted: set[str]) -> None:
     found = [
         field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
         for _, field, form, conversion in string.Formatter().parse(item)
@@ -293,7 +293,7 @@ def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: M
         path = epath.Path(config.exemplars)
         if not path.exists():
             raise UserError(f"judge.prompt.exemplars={path} does not exist")
-        examples = _load_yaml(path)
+        examples = load_yaml(path)
     if not isinstance(examples, list) or len(examples) < config.shots:
         count = len(examples) if isinstance(examples, list) else "no list of"
         raise UserError(f"judge.prompt.shots={config.shots}, but {path} has {count} examples")
