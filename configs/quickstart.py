@@ -138,6 +138,10 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         ),
     )
     config.panel = no_panel()
+    config.constitution = group(
+        file="",  # a name in rlaif_jax/judge/constitutions, or the path of a YAML file
+        tags=(),  # of the principles that are used; all of them
+    )
     config.sft = group(
         teacher=teacher(),
         steps=300,

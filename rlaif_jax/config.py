@@ -13,6 +13,7 @@ from typing import Any
 from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import policy_stage
+from rlaif_jax.judge.constitution import ConstitutionConfig
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import JudgeConfig
 from rlaif_jax.models.transformer import ModelConfig
@@ -324,6 +325,7 @@ class Config:
     sampler: SamplerConfig
     judge: JudgeConfig
     panel: PanelConfig
+    constitution: ConstitutionConfig
     sft: SFTConfig
     critique: CritiqueConfig
     sl_cai: SLCAIConfig

@@ -9,9 +9,10 @@ from typing import Any
 from rlaif_jax.config import Config, ScorersConfig, flatten
 from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.sources import KINDS
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.evaluation.panel import RULES as RULES_OF_PANELS
+from rlaif_jax.judge.constitution import load_constitution, tagged
 from rlaif_jax.judge.prompts import METHODS
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
@@ -139,6 +140,7 @@ def check(config: Config, devices: int) -> None:
     _check_policy_stages(config, flat)
     _check_rl(config, flat, devices)
     _check_judges(config)
+    _check_constitution(config)
     if "overoptimisation" in config.stages:
         _check_overoptimisation(config)
     longest = config.policy.max_prompt_length + config.policy.max_response_length
@@ -257,6 +259,15 @@ def _check_judges(config: Config) -> None:
             f"config.preferences.order={config.preferences.order} with panel.combine={panel.combine}: of one order "
             "there is the mean of the members alone; set panel.combine=mean or preferences.order=both"
         )
+
+
+def _check_constitution(config: Config) -> None:
+    constitution = config.constitution
+    if constitution.file:
+        with blame("constitution"):
+            tagged(load_constitution(constitution.file), constitution.tags)
+    elif constitution.tags:
+        raise UserError("config.constitution.tags needs constitution.file, whose principles have them")
 
 
 def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
