@@ -268,6 +268,8 @@ def _check_constitution(config: Config) -> None:
             tagged(load_constitution(constitution.file), constitution.tags)
     elif constitution.tags:
         raise UserError("config.constitution.tags needs constitution.file, whose principles have them")
+    elif "critique" in config.stages:
+        raise UserError("config.stages: critique needs constitution.file, whose principles it revises under")
 
 
 def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pyarrow as pa
 from etils import epath
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +20,7 @@ from rlaif_jax.data.encoding import texts_to_tokens
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.statistics import Figure, mean_ci
 from rlaif_jax.files import read_parquet, write_json, write_parquet
-from rlaif_jax.judge.constitution import Constitution, Principle, draw
+from rlaif_jax.judge.constitution import Principle, draw, load_constitution, principles_for
 from rlaif_jax.judge.critiques import CritiqueTemplate, load_critique_template
 from rlaif_jax.judge.score import read_prefix
 from rlaif_jax.models import gguf
@@ -60,28 +59,23 @@ def run_critique(run: Run) -> None:
     revisions have failed than `critique.max_failure_rate`.
     """
     folder, config = run.folder("critique"), run.config.critique
-    file, constitution = folder / "revisions.parquet", run.constitution()
-    check_principles(constitution, config.revise_only)
-    with blame("critique.template"):
-        template = load_critique_template(config.template, config.shots, config.revise_only)
+    file, needed = folder / "revisions.parquet", ("revision",) if config.revise_only else ("critique", "revision")
+    principles = principles_for("critique", run.config.constitution, needed)
+    template = critique_template(run)
     if not file.exists():
-        write_parquet(file, pa.Table.from_pylist(_revised(run, constitution.principles, template), SCHEMA))
+        write_parquet(file, pa.Table.from_pylist(_revised(run, principles, template), SCHEMA))
     for step in ("replies_sft", *_step_names(config.rounds)):
         (folder / step).rmtree(missing_ok=True)  # the shards of what the file now has
     rows = read_parquet(file).to_pylist()
-    write_json(folder / "manifest.json", _manifest(run, constitution, template, rows))
+    write_json(folder / "manifest.json", _manifest(run, principles, template, rows))
     write_json(folder / "results.json", _figures(run, rows))
 
 
-def check_principles(constitution: Constitution, revise_only: bool) -> None:
-    """Raises UserError where a principle has no text that the stage asks with."""
-    for principle in constitution.principles:
-        for name in ("revision",) if revise_only else ("critique", "revision"):
-            if not getattr(principle, name):
-                raise UserError(
-                    f"principle {principle.id!r} of constitution {constitution.name} has no text for {name}: write "
-                    "one, or choose others with config.constitution.tags"
-                )
+def critique_template(run: Run) -> CritiqueTemplate:
+    """What the reviser is asked, and its worked examples."""
+    config = run.config.critique
+    with blame("critique.template"):
+        return load_critique_template(config.template, config.shots, config.revise_only)
 
 
 def texts(row: dict) -> list[str]:
@@ -109,9 +103,8 @@ class _Reviser:
         ]
         tokens = texts_to_tokens(self.tokenizer, [prompt or "" for prompt in prompts])
         skipped = {i for i, row in enumerate(tokens) if prompts[i] is None or len(row) > self.room}
-        rows = keep_rows(
-            self.sampler, self.tokenizer, tokens, 1, key, folder, self.commit_every, skipped=skipped, about=about
-        )
+        asked = [[self.tokenizer.eos_token_id] if i in skipped else row for i, row in enumerate(tokens)]
+        rows = keep_rows(self.sampler, self.tokenizer, asked, 1, key, folder, self.commit_every, skipped, about)
         return [self._written(prompt, rows.get(i)) for i, prompt in enumerate(prompts)]
 
     def _written(self, prompt: str | None, reply: dict | None) -> dict | None:
@@ -230,9 +223,9 @@ def _check_failures(run: Run, steps: list[dict], number: int) -> None:
         )
 
 
-def _manifest(run: Run, constitution: Constitution, template: CritiqueTemplate, rows: list[dict]) -> dict:
+def _manifest(run: Run, principles: Sequence[Principle], template: CritiqueTemplate, rows: list[dict]) -> dict:
     """Who revised, with what prompts and principles, and how the rounds ended."""
-    weights = run.config.critique.weights
+    weights, constitution = run.config.critique.weights, load_constitution(run.config.constitution.file)
     rounds = list(zip(*(row["rounds"] for row in rows), strict=True))
     return {
         "reviser": weights or "the SFT policy",
@@ -242,7 +235,7 @@ def _manifest(run: Run, constitution: Constitution, template: CritiqueTemplate, 
         "preamble": template.preamble,
         "constitution": constitution.name,
         "constitution_digest": constitution.digest,
-        "principles": [dataclasses.asdict(principle) for principle in constitution.principles],
+        "principles": [dataclasses.asdict(principle) for principle in principles],
         "rows": len(rows),
         "rounds": [
             {name: dict(collections.Counter(step[name] for step in steps)) for name in ("status", "principle")}

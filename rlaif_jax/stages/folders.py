@@ -7,7 +7,7 @@ from etils import epath
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json
 
-_WITH_RESULTS = ("reward_model", "eval", "overoptimisation")
+_WITH_RESULTS = ("critique", "reward_model", "eval", "overoptimisation")
 
 
 def cell_stages(workdir: epath.Path) -> dict[str, epath.Path]:
