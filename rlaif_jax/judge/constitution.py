@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from etils import epath
 
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, blame
 from rlaif_jax.judge.prompts import text_hash
 
 CONSTITUTIONS = epath.Path(__file__).parent / "constitutions"
@@ -61,7 +61,7 @@ def load_constitution(file: str) -> Constitution:
     path = epath.Path(file) if file.endswith((".yaml", ".yml")) else CONSTITUTIONS / f"{file}.yaml"
     if not path.exists():
         known = sorted(found.stem for found in CONSTITUTIONS.glob("*.yaml"))
-        raise UserError(f"no constitution {file!r}; there is {', '.join(known)}, or give the path of a YAML file")
+        raise UserError(f"no constitution {file!r}: {_nearest(file, known)}, or give the path of a YAML file")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -69,7 +69,8 @@ def load_constitution(file: str) -> Constitution:
     rows = content.get("principles") if isinstance(content, dict) and set(content) == {"principles"} else None
     if not isinstance(rows, list) or not rows:
         raise UserError(f"constitution {path} must hold `principles`, a list of one or more, and nothing else")
-    return make_constitution(path.stem, [_principle(f"{path}, principle {i}", row) for i, row in enumerate(rows)], path)
+    principles = [parse_principle(f"{path}, principle {i}", row) for i, row in enumerate(rows)]
+    return make_constitution(path.stem, principles, path)
 
 
 def make_constitution(name: str, principles: Sequence[Principle], where: object) -> Constitution:
@@ -83,15 +84,14 @@ def make_constitution(name: str, principles: Sequence[Principle], where: object)
     return Constitution(name, tuple(principles), text_hash("\x00".join(parts)))
 
 
-def _principle(where: str, row: Any) -> Principle:
+def parse_principle(where: str, row: Any) -> Principle:
+    """A principle from the fields that a file gives it. Raises UserError, with `where` they are."""
     fields = [field.name for field in dataclasses.fields(Principle)]
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
         raise UserError(f"constitution {where}: it must be a mapping with a text `id` (numbers in quotes)")
     where = f"{where} ({row['id']})"
     for name in map(str, set(row) - set(fields)):
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(fields)}"
-        raise UserError(f"constitution {where}: unknown field {name!r}: {hint}")
+        raise UserError(f"constitution {where}: unknown field {name!r}: {_nearest(name, fields)}")
     row = dict.fromkeys((*TEXTS, "source"), "") | {"weight": 1.0, "tags": []} | row
     for name in (*TEXTS, "source"):
         if not isinstance(row[name], str):
@@ -110,6 +110,11 @@ def _principle(where: str, row: Any) -> Principle:
     return Principle(row["id"], **texts, weight=float(weight), tags=tuple(tags))
 
 
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}" if near else f"known are {', '.join(known) or 'none'}"
+
+
 def draw(principles: Sequence[Principle], seed: int, rows: Sequence[int]) -> list[Principle]:
     """A principle for each row, by weight. What row i draws is a function of the principles, `seed` and i alone."""
     cumulative = np.cumsum([principle.weight for principle in principles])
@@ -123,32 +128,34 @@ def tagged(constitution: Constitution, tags: Sequence[str]) -> tuple[Principle, 
     known = sorted({tag for principle in constitution.principles for tag in principle.tags})
     for tag in tags:
         if tag not in known:
-            near = difflib.get_close_matches(tag, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its tags are {', '.join(known) or 'none'}"
+            hint = _nearest(tag, known)
             raise UserError(f"no principle of the constitution {constitution.name} has the tag {tag!r}: {hint}")
     return tuple(x for x in constitution.principles if not tags or set(tags) & set(x.tags))
 
 
-def lacking(principles: Sequence[Principle], texts: Sequence[str]) -> list[tuple[str, str]]:
-    """(id, name of the text) of all of these texts that the principles do not have."""
-    return [(principle.id, name) for name in texts for principle in principles if not getattr(principle, name)]
+def usable(principles: Sequence[Principle], texts: Sequence[str]) -> tuple[list[Principle], dict[str, list[str]]]:
+    """The principles that are drawn where these texts (names in `TEXTS`) are needed, and the ids of others by reason."""
+    found, left_out = [], {}
+    for principle in principles:
+        missing = [name for name in texts if not getattr(principle, name)]
+        reason = f"no {' and no '.join(missing)}" if missing else "weight 0"
+        if missing or not principle.weight:
+            left_out.setdefault(reason, []).append(principle.id)
+        else:
+            found.append(principle)
+    return found, left_out
 
 
-def principles_for(stage: str, config: ConstitutionConfig, texts: Sequence[str]) -> tuple[Principle, ...]:
-    """The principles that a stage may draw; those of weight 0 are left out, which is said.
+def principles_for(stage: str, config: ConstitutionConfig, texts: Sequence[str]) -> list[Principle]:
+    """The principles that a stage draws from: those with the texts that it needs, and a weight. It says what is not.
 
-    texts: what it needs of each, names in `TEXTS`. Raises UserError where one lacks them, and where none is left.
+    texts: names in `TEXTS`. Raises UserError where none is left, and as `load_constitution` and `tagged` do.
     """
-    found = tagged(load_constitution(config.file), config.tags)
-    drawn = tuple(principle for principle in found if principle.weight)
-    if not drawn:
-        raise UserError(f"config.constitution.tags={','.join(config.tags)}: the principles with them all have weight 0")
-    if missing := lacking(drawn, texts):
-        one, name = missing[0]
-        raise UserError(
-            f"stage {stage} needs a text {name!r} of every principle, and {one!r} of config.constitution.file="
-            f"{config.file} has none: write it, give the principle weight 0, or leave it out by constitution.tags"
-        )
-    if never := [principle.id for principle in found if not principle.weight]:
-        print(f"{stage}: weight 0, never drawn: {', '.join(never)}", flush=True)
-    return drawn
+    with blame(f"constitution.file={config.file}, stage {stage}"):
+        found, left_out = usable(tagged(load_constitution(config.file), config.tags), texts)
+        why = "; ".join(f"{reason}: {', '.join(ids)}" for reason, ids in left_out.items())
+        if not found:
+            raise UserError(f"none of its principles can be drawn ({why}): give one a {' and a '.join(texts)}")
+    if why:
+        print(f"{stage}: principles never drawn: {why}", flush=True)
+    return found
