@@ -177,6 +177,18 @@ def critique() -> config_dict.ConfigDict:
     )
 
 
+def constitutional(config: config_dict.ConfigDict) -> None:
+    """Constitutional AI: SFT on critiques and revisions, then RL from labels (Bai et al., arXiv 2212.08073)."""
+    config.stages = ("sft", "critique", "sl_cai", "label", "reward_model", "rl", "eval")
+
+
+def red_team_corpus(config: config_dict.ConfigDict) -> None:
+    """Red-team requests among those of the embedded corpus, and the principles and prompts that are for them."""
+    config.data.embedded.update(red_team=1500, red_team_evaluation=48)
+    config.data.red_team_prompts.kind = "embedded"
+    config.constitution.file = "everyday_requests"
+
+
 def sl_cai() -> config_dict.ConfigDict:
     """SFT on revisions, for configs whose stages have `sl_cai`."""
     return group(

@@ -11,13 +11,15 @@ same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward
 learns from the labels, no reward model); online_dpo (from pairs of the live policy, judged at once); best_of_n (it is
 tuned on the best of n of its own replies); ensemble (PPO on the worst case of four reward models); panel (three prompts
 label, and their mean is learned: three times the labelling); overoptimisation (no KL penalty and a long RL, held
-against the ground truth, as is best of n: docs/overoptimisation.md); smoke (the same judge on a fraction of the data,
+against the ground truth, as is best of n: docs/overoptimisation.md); constitutional (red-team requests as well, to
+which SmolLM2 criticises and revises the policy's replies; then labels under principles: docs/constitution_sl.md); smoke (the same judge on a fraction of the data,
 to see that everything runs).
 """
 
 from ml_collections import config_dict
 
 from configs.parts import (
+    constitutional,
     critique,
     direct_rlaif,
     embedded_corpus,
@@ -29,6 +31,7 @@ from configs.parts import (
     panel,
     preference_losses,
     rating_prompt,
+    red_team_corpus,
     rl_losses,
     sampling,
     sl_cai,
@@ -52,6 +55,7 @@ ARMS = (
     "ensemble",
     "panel",
     "overoptimisation",
+    "constitutional",
 )
 
 
@@ -299,6 +303,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         corpus.evaluation_combinations, corpus.evaluation_unseen_templates = 12, 4
         config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 48, 8, 4
         config.reward_model.validation_pairs = 16
+        config.critique.prompts, config.critique.rounds, config.sl_cai.steps = 16, 1, 8
     for algorithm in ("ppo", "reinforce", "rloo", "grpo"):
         if algorithm in words:
             rl_losses(config, algorithm)
@@ -318,6 +323,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.reward_model.update(members=4, combine="min")
     if "panel" in words:
         panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
+    if "constitutional" in words:
+        constitutional(config)
+        red_team_corpus(config)
     if "overoptimisation" in words:
         config.stages = (*config.stages, "overoptimisation")
         config.rl.gold.verifier = 1.0
