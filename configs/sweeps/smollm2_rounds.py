@@ -19,13 +19,13 @@ def get_config(arm: str = "dpo,rounds") -> config_dict.ConfigDict:
     sweep = config_dict.ConfigDict()
     sweep.base = smollm2.get_config(arm)
     sweep.base.policy.model.update(dtype="float32", remat=False)  # what a CPU is quickest with
-    sweep.base.policy.max_response_length = 40
+    sweep.base.policy.update(max_prompt_length=56, max_response_length=40)
     sweep.base.judge.dtype = "float32"
-    sweep.base.data.embedded.update(evaluation_combinations=48, evaluation_unseen_templates=16)
-    sweep.base.sft.update(steps=16, batch_size=4)
+    sweep.base.data.embedded.update(evaluation_combinations=36, evaluation_unseen_templates=12)
+    sweep.base.sft.update(steps=16, batch_size=4, checkpoint_every=16)
     sweep.base.label.pairs = 64
-    sweep.base.preference.update(steps=16, batch_size=8)
-    sweep.base.preference.optimizer.update(learning_rate=1e-5, warmup_steps=2)
+    sweep.base.preference.update(steps=8, batch_size=8, checkpoint_every=8)
+    sweep.base.preference.optimizer.update(learning_rate=2e-5, warmup_steps=1)
     names = {"self": "self_judge", "same_size": "", "panel": "panel"}
     sweep.arms = config_dict.ConfigDict(
         {name: changes(smollm2, arm, other) if other else {} for name, other in names.items()},
