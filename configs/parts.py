@@ -93,6 +93,11 @@ def panel(config: config_dict.ConfigDict, **prompts: dict) -> None:
         config.panel.judges[name] = _following(config.judge, prompt=_following(config.judge.prompt, **changes))
 
 
+def self_judge(config: config_dict.ConfigDict) -> None:
+    """The policy itself labels, each round's pairs with the weights that made them; `config.judge` only evaluates."""
+    config.panel.judges["self"] = _following(config.judge, weights="policy")
+
+
 def _following(fields: config_dict.ConfigDict, **changes) -> config_dict.ConfigDict:
     copy = group()
     for name, value in fields.items(preserve_field_references=True):

@@ -49,7 +49,7 @@ class TeacherConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PanelConfig:
-    """Several judges that label the same pairs. Without any, `judge` labels; it is always the one that evaluates."""
+    """One judge or more that label the same pairs. Without any, `judge` labels; it is always the one that evaluates."""
 
     judges: Mapping[str, JudgeConfig]  # by the name of the folder that its labels are kept in
     combine: str  # the label of a pair: "mean", "majority" or "minimum" of its members', see evaluation/panel.py
@@ -319,6 +319,7 @@ class Config:
 
     seed: int  # -1 draws one, prints it and saves it in config.json
     stages: tuple[str, ...]  # of those in stages/pipeline.py, in that order
+    rounds: int  # how often the stages after sft are gone through, each time from the policy of the time before
     mesh: MeshConfig
     data: DataConfig
     policy: PolicyConfig
