@@ -166,7 +166,7 @@ def embedded_corpus() -> config_dict.ConfigDict:
 def critique() -> config_dict.ConfigDict:
     """Critiques and revisions, for configs whose stages have `critique`: by SmolLM2-135M with worked examples."""
     return group(
-        prompts=128,
+        prompts=64,
         sampling=sampling(temperature=1.0),
         rounds=2,
         revise_only=False,
@@ -190,6 +190,8 @@ def constitutional(config: config_dict.ConfigDict) -> None:
 def red_team_corpus(config: config_dict.ConfigDict) -> None:
     """Red-team requests among those of the embedded corpus, and the principles and prompts that are for them."""
     config.data.embedded.update(red_team=1500, red_team_evaluation=48)
+    config.policy.model.vocab_size = 1536  # so that most words are a token
+    config.policy.max_response_length = 48
     config.data.red_team_prompts.kind = "embedded"
     config.constitution.file = "everyday_requests"
 

@@ -326,14 +326,11 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.reward_model.update(members=4, combine="min")
     if "panel" in words:
         panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
-<<<<<<< HEAD
     if "constitutional" in words:
         constitutional(config)
         red_team_corpus(config)
-=======
     if "rounds" in words:
         config.rounds = 3
->>>>>>> main
     if "overoptimisation" in words:
         config.stages = (*config.stages, "overoptimisation")
         config.rl.gold.verifier = 1.0

@@ -4,13 +4,14 @@ Bai et al., arXiv 2212.08073, section 3.1 and appendix E: worked examples, the c
 """
 
 import dataclasses
+import string
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.prompts import check_placeholders, load_yaml, text_hash
+from rlaif_jax.judge.prompts import load_yaml, text_hash
 
 TEMPLATES = epath.Path(__file__).parent / "critiques"
 _EXAMPLE = ("prompt", "response", "critique_request", "critique", "revision_request", "revision")
@@ -77,7 +78,8 @@ def _template(name: str, fields: Any, shots: int, revise_only: bool) -> Critique
     if not isinstance(examples, list) or len(examples) < shots:
         raise ValueError(f"critique.shots={shots} asks for more examples than it has")
     for text, placeholders in zip(texts, ({"prompt", "response"}, {"request"}, {"request"}), strict=True):
-        check_placeholders(text, placeholders)
+        if {field for _, field, _, _ in string.Formatter().parse(text) if field is not None} != placeholders:
+            raise ValueError(f"it must use {sorted(placeholders)} in {text!r}")
     conversation, critique, revision = texts
     template = CritiqueTemplate(name, "", conversation, "" if revise_only else critique, revision, tuple(stop))
     return dataclasses.replace(template, preamble="\n\n".join(_shot(template, example) for example in examples[:shots]))

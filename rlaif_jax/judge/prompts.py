@@ -249,7 +249,7 @@ def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
             raise ValueError(f"it must have two choices, none the beginning of the other: {choices}")
     if reasoning and not all(questions):
         raise ValueError("after a rationale it needs a verdict to lead to the answer")
-    check_placeholders(item, _ITEM if rating else _PAIR)
+    _check_placeholders(item, _ITEM if rating else _PAIR)
     if config.shots and config.method != "pairwise":
         raise ValueError(f"its examples are for pairwise questions: judge.prompt.method={config.method} needs shots=0")
     name = f"{path.stem}:{config.method if rating else config.preamble},{config.shots}-shot"
@@ -276,7 +276,7 @@ def _reasoning(fields: Mapping) -> Reasoning:
     return Reasoning(cue, tuple(stop))
 
 
-def check_placeholders(item: str, wanted: set[str]) -> None:
+def _check_placeholders(item: str, wanted: set[str]) -> None:
     found = [
         field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
         for _, field, form, conversion in string.Formatter().parse(item)
