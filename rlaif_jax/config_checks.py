@@ -40,7 +40,8 @@ _CACHE_DTYPES = (*_DTYPES, "int8")
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
     (
-        "label.pairs *.teacher.demonstrations critique.prompts critique.rounds rl.sampling.temperature *.bootstrap_samples *.slots *.refill *.chunk",
+        "label.pairs *.teacher.demonstrations critique.prompts critique.rounds rl.sampling.temperature "
+        "*.bootstrap_samples *.slots *.refill *.chunk",
         "positive",
         lambda x: x > 0,
     ),

@@ -290,15 +290,12 @@ def generate(config: EmbeddedConfig, seed: int) -> Corpus:
         for _ in range(config.demonstrations_per_prompt)
     ]
     rng.shuffle(demonstrations)
-    if config.red_team:
-        _mix_in_red_team(config, prompts, demonstrations, evaluation, random.Random(f"red team {seed}"))
-    return Corpus(tuple(dict.fromkeys(prompts)), tuple(demonstrations), tuple(evaluation))
+    corpus = Corpus(tuple(dict.fromkeys(prompts)), tuple(demonstrations), tuple(evaluation))
+    return _with_red_team(corpus, config, random.Random(f"red team {seed}")) if config.red_team else corpus
 
 
-def _mix_in_red_team(
-    config: EmbeddedConfig, prompts: list, demonstrations: list, evaluation: list, rng: random.Random
-) -> None:
-    """Adds red-team prompts and demonstrations at random places, and evaluation prompts at the end."""
+def _with_red_team(corpus: Corpus, config: EmbeddedConfig, rng: random.Random) -> Corpus:
+    """The corpus with red-team prompts and demonstrations at random places; they are evaluated on after the others."""
     seen, unseen = embedded_harmless.requests(False), embedded_harmless.requests(True)
     new_combinations = config.red_team_evaluation // 2
     from_unseen = config.red_team_evaluation - new_combinations
@@ -309,16 +306,16 @@ def _mix_in_red_team(
         )
     rng.shuffle(seen)
     rng.shuffle(unseen)
-    held_out, train = seen[:new_combinations], seen[new_combinations:]
-    endings = embedded_harmless.ENDINGS
-    evaluation += [_prompt(request, False, rng, endings) for request in held_out]
+    held_out, train, endings = seen[:new_combinations], seen[new_combinations:], embedded_harmless.ENDINGS
+    evaluation = [_prompt(request, False, rng, endings) for request in held_out]
     evaluation += [_prompt(request, True, rng, endings) for request in unseen[:from_unseen]]
     new = [_prompt(train[i % len(train)], False, rng, endings) for i in range(config.red_team)]
-    replies = [prompt for prompt in new for _ in range(config.demonstrations_per_prompt)]
-    prompts += new
-    demonstrations += [_demonstrate_red_team(prompt, config, rng) for prompt in replies]
+    replied = [prompt for prompt in new for _ in range(config.demonstrations_per_prompt)]
+    demonstrations = [*corpus.demonstrations, *(_demonstrate_red_team(prompt, config, rng) for prompt in replied)]
+    prompts = [*corpus.train_prompts, *dict.fromkeys(new)]
     rng.shuffle(prompts)
     rng.shuffle(demonstrations)
+    return Corpus(tuple(prompts), tuple(demonstrations), (*corpus.evaluation_prompts, *evaluation))
 
 
 def rows(config: EmbeddedConfig, seed: int, role: str) -> Iterator[dict[str, str]]:

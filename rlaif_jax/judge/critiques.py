@@ -31,7 +31,11 @@ class CritiqueTemplate:
     def critique_prompt(self, prompt: str, response: str, request: str) -> str:
         """What follows the preamble where a critique is asked for."""
         before = "\n\n" if self.preamble else ""
-        return before + self.conversation.format(prompt=prompt.strip(), response=response) + self.critique.format(request=request)
+        return (
+            before
+            + self.conversation.format(prompt=prompt.strip(), response=response)
+            + self.critique.format(request=request)
+        )
 
     def revision_prompt(self, before: str, critique: str, request: str) -> str:
         """What follows the preamble where a revision is asked for. `before`: the prompt of its critique."""

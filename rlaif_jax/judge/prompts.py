@@ -222,6 +222,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 
 def load_yaml(path: epath.Path) -> Any:
+    """What a YAML file of prompts holds. Raises UserError where it is no YAML."""
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:

@@ -170,9 +170,7 @@ def _step_names(rounds: int) -> list[str]:
     return [f"{step}_{number + 1}" for number in range(rounds) for step in ("critique", "revision")]
 
 
-def _revise(
-    run: Run, reviser: _Reviser, rows: list[dict], principles: Sequence[Principle], number: int
-) -> list[dict]:
+def _revise(run: Run, reviser: _Reviser, rows: list[dict], principles: Sequence[Principle], number: int) -> list[dict]:
     """Round `number` of every row, as `_ROUND`."""
     template, folder, ids = reviser.template, run.folder("critique"), [principle.id for principle in principles]
     critique_step, revision_step = _step_names(number + 1)[-2:]
@@ -245,7 +243,7 @@ def _manifest(run: Run, principles: Sequence[Principle], template: CritiqueTempl
 
 
 def _figures(run: Run, rows: list[dict]) -> dict[str, Figure]:
-    """How good the replies are by the ground truth, at first and after each round; what of a round failed or changed."""
+    """How good the replies are by the ground truth, first and after each round; what failed or changed in a round."""
     mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
     truth, figures, names = run.ground_truth(), {}, ["first"]
     for number in range(run.config.critique.rounds):

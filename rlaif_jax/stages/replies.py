@@ -75,7 +75,7 @@ def keep_rows(
 ) -> dict[int, dict]:
     """Samples replies into shards in `folder`, `commit_every` replies a shard; those there are not sampled.
 
-    skipped: prompts that get no reply. about: what else is kept with the replies to each prompt, by the names of columns.
+    skipped: prompts that get no reply. about: what is kept with the replies to each prompt, by the names of columns.
     Returns row -> tokens, text, ended. Raises UserError where a shard is damaged, or of other prompts.
     """
     rows, fresh, shards = _committed(folder), [], len(list(folder.glob("*.parquet")))

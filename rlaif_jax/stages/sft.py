@@ -34,7 +34,11 @@ def run_sft(run: Run) -> None:
 
 
 def tune(
-    run: Run, stage: str, config: SFTConfig | SLCAIConfig | BestOfNConfig, rows: list[list[Example]], initial: Callable[[], dict]
+    run: Run,
+    stage: str,
+    config: SFTConfig | SLCAIConfig | BestOfNConfig,
+    rows: list[list[Example]],
+    initial: Callable[[], dict],
 ) -> None:
     """Trains on packed rows from the parameters that `initial` gives; writes the checkpoints of a stage."""
     row_length = run.config.sft.row_length

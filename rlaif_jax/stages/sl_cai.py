@@ -23,9 +23,7 @@ def run_sl_cai(run: Run) -> None:
 
 
 # Where an example is from: the row and the round (from 1) of `critique/revisions.parquet`; null for a demonstration.
-_SCHEMA = pa.schema(
-    [("prompt", pa.string()), ("reply", pa.string()), ("row", pa.int32()), ("round", pa.int32())]
-)
+_SCHEMA = pa.schema([("prompt", pa.string()), ("reply", pa.string()), ("row", pa.int32()), ("round", pa.int32())])
 
 
 def _examples(run: Run) -> list[dict]:

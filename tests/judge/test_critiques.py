@@ -4,16 +4,14 @@ import yaml
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.critiques import TEMPLATES, load_critique_template
 
+NAMES = ("prompt", "response", "critique_request", "critique", "revision_request")
 FIELDS = {
     "conversation": "Q: {prompt} A: {response}",
     "critique": " CR: {request} C:",
     "revision": " RR: {request} R:",
     "stop": ["\n"],
-    "examples": [
-        {"prompt": "p", "response": "r", "critique_request": "cr", "critique": "c", "revision_request": "rr", "revision": x}
-        for x in ("one", "two")
-    ],
-}  # fmt: skip
+    "examples": [dict(zip(NAMES, ("p", "r", "cr", "c", "rr"), strict=True)) | {"revision": x} for x in ("one", "two")],
+}
 
 
 def write(path, **changes):
