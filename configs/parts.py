@@ -176,7 +176,8 @@ def critique() -> config_dict.ConfigDict:
         revision_sampling=sampling(temperature=0.0),
         max_new_tokens=48,
         dtype="float32",
-        sampler=group(slots=16, refill=8, chunk=8, prompt_buckets=2, bucket_multiple=32, cache_dtype=""),
+        # One length for all steps, so that they share their programs.
+        sampler=group(slots=16, refill=8, chunk=8, prompt_buckets=1, bucket_multiple=128, cache_dtype=""),
         commit_every=32,
         max_failure_rate=0.25,
     )

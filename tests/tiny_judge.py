@@ -127,7 +127,7 @@ def constitutional_flags(judge: str, workdir, folder) -> list[str]:
         "critique.revision_sampling.temperature": 1.0,
         "critique.sampler.slots": 8,
         "critique.sampler.refill": 8,
-        "critique.sampler.prompt_buckets": 1,
+        "critique.sampler.bucket_multiple": 512,
         "critique.commit_every": 4,
         "sl_cai.helpful_share": 0.25,
         "sl_cai.steps": 4,

@@ -1,5 +1,6 @@
 """Critique, revision and SFT on revisions, as whole runs with a tiny random model that revises."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,13 +12,15 @@ from etils import epath
 
 from rlaif_jax.commands import parse_flags
 from rlaif_jax.config import parse
+from rlaif_jax.config_checks import check
+from rlaif_jax.errors import UserError
 from rlaif_jax.judge.constitution import draw, load_constitution
 from rlaif_jax.judge.prompts import text_hash
 from rlaif_jax.main import main
 from rlaif_jax.stages import replies
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.run import open_run
-from tests.helpers import one_device_mesh
+from tests.helpers import one_device_mesh, quickstart_config
 from tests.tiny_judge import constitutional_flags, write_judge
 
 PROMPTS, ROUNDS = 12, 2
@@ -141,7 +144,7 @@ def test_sl_cai_learns_all_good_revisions_beside_helpful_demonstrations(begun, f
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
-@pytest.mark.parametrize("after", [2, 8])
+@pytest.mark.parametrize("after", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_kill_in_any_step_samples_nothing_again(begun, finished, tmp_path, monkeypatch, after):
     write, sample, written, sampled = replies.write_checked_parquet, replies.sample, [], []
 
@@ -166,6 +169,7 @@ def test_a_kill_in_any_step_samples_nothing_again(begun, finished, tmp_path, mon
     assert rows_of(tmp_path / "run") == rows_of(finished)
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_the_stage_which_goes_on_once_they_are_allowed(begun, finished, tmp_path, capfd):
     assert revise(begun, tmp_path / "run", "--config.critique.max_failure_rate=0.0") == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
@@ -196,7 +200,6 @@ def test_the_policy_itself_revises_without_critiques(begun, tmp_path):
         ("critique.rounds=0", "critique.rounds"),
         ("sl_cai.helpful_share=1.0", "sl_cai.helpful_share"),
         ("data.embedded.evasive_share=0.7", "complying_share and evasive_share"),
-        ("stages=('sft','sl_cai')", "sl_cai needs critique"),
     ],
 )
 def test_bad_options_are_one_line_before_any_work(begun, tmp_path, capfd, option, words):
@@ -204,3 +207,9 @@ def test_bad_options_are_one_line_before_any_work(begun, tmp_path, capfd, option
     error = capfd.readouterr().err.strip()
     assert words in error and "\n" not in error
     assert not (tmp_path / "run" / "sft").exists()
+
+
+@pytest.mark.parametrize(("stages", "words"), [(("sft", "sl_cai"), "critique"), (("critique", "sl_cai"), "sft")])
+def test_a_stage_without_the_one_before_is_refused(stages, words):
+    with pytest.raises(UserError, match=f"needs {words}"):
+        check(dataclasses.replace(quickstart_config(), stages=stages), 1)
