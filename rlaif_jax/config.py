@@ -81,6 +81,9 @@ class LabelConfig:
     source: str  # "ai", "human" (data.comparisons) or "both", as many pairs of each
     pairs: int  # of each source
     audit_pairs: int  # of data.comparisons, judged as well: how far people agree, and what the labels' temperature is
+    principles: (
+        str  # of `constitution`: "none", "draw" (one a pair, by weight) or "ensemble" (all, their mean by weight)
+    )
     sampling: SamplingConfig
     commit_every: int  # replies written down at a time
 
@@ -92,6 +95,7 @@ class PreferencesConfig:
     order: str  # "both" is the mean of both orders; "forward" or "reversed" one of them alone
     hard: bool  # 0 or 1, whichever is nearer
     calibrate: bool  # divide the log-odds of AI labels by the temperature that fits people's choices best
+    clamp: float  # AI labels are held within this much of 1/2, as those after a chain of thought were; 0: they are not
     smoothing: float  # a label p becomes (1 - smoothing) p + smoothing (1 - p); with hard labels conservative DPO
     noise_rate: float  # share of labels that are turned round
 

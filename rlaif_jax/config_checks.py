@@ -12,8 +12,8 @@ from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.evaluation.panel import RULES as RULES_OF_PANELS
-from rlaif_jax.judge.constitution import load_constitution, tagged
-from rlaif_jax.judge.prompts import METHODS
+from rlaif_jax.judge.constitution import load_constitution, select, tagged
+from rlaif_jax.judge.prompts import METHODS, load_template
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
@@ -74,7 +74,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("best_of_n.samples", "2 or more, to choose from", lambda x: x >= 2),
     ("preference.loss", f"one of {', '.join(PREFERENCE_LOSSES)}", lambda x: x in PREFERENCE_LOSSES),
     ("preference.sampling.temperature", "positive", lambda x: x > 0),
-    ("preferences.smoothing", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
+    ("preferences.smoothing preferences.clamp", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
     ("reward_model.combine", f"one of {', '.join(COMBINATIONS)}", lambda x: x in COMBINATIONS),
     ("reward_model.members", "positive", lambda x: x > 0),
     (
@@ -106,6 +106,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("sampler.slots", "2 or more, the candidates of a pair", lambda x: x >= 2),
     ("sft.teacher.prompt", "a text with {prompt} in it", lambda x: "{prompt}" in x),
     ("label.source", "ai, human or both", lambda x: x in ("ai", "human", "both")),
+    ("label.principles", "none, draw or ensemble", lambda x: x in ("none", "draw", "ensemble")),
     ("preferences.order", "both, forward or reversed", lambda x: x in ("both", "forward", "reversed")),
     ("*.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
     ("panel.combine", f"one of {', '.join(RULES_OF_PANELS)}", lambda x: x in RULES_OF_PANELS),
@@ -256,12 +257,33 @@ def _check_judges(config: Config) -> None:
 
 
 def _check_constitution(config: Config) -> None:
-    constitution = config.constitution
+    """Raises UserError for principles that are not there to be judged under, and for judges that are not asked for."""
+    constitution, how, judges = config.constitution, config.label.principles, config.judges
     if constitution.file:
         with blame("constitution"):
             tagged(load_constitution(constitution.file), constitution.tags)
     elif constitution.tags:
         raise UserError("config.constitution.tags needs constitution.file, whose principles have them")
+    elif how != "none":
+        raise UserError(f"config.label.principles={how} needs constitution.file, which has them")
+    if how != "none":
+        select("label", constitution, ("comparison",))
+    if how == "ensemble" and (config.panel.judges or "label" not in config.stages):
+        raise UserError("config.label.principles=ensemble is for the stage label and one judge: set it to draw")
+    for name, judge in judges.items():
+        with blame(f"{name}.prompt.template"):
+            asked = load_template(judge.prompt).by_principle
+        if asked and how == "none":
+            raise UserError(f"config.{name}.prompt.template={judge.prompt.template} asks for a principle: set "
+                            "label.principles to draw, or to ensemble")  # fmt: skip
+        labels = name != "judge" or len(judges) == 1
+        if labels and not asked and how != "none":
+            raise UserError(
+                f"config.label.principles={how}, but the comparison of {name}.prompt.template={judge.prompt.template} "
+                f"with method={judge.prompt.method} has no {{principle}}: take the template constitution"
+            )
+    if config.preferences.hard and config.preferences.clamp:
+        raise UserError("config.preferences.clamp holds labels near 1/2, and hard=True takes them to 0 or 1: unset one")
 
 
 def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:

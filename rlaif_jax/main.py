@@ -17,6 +17,7 @@ from rlaif_jax.judge import store
 from rlaif_jax.judge.score import JudgeConfig, load_judge
 from rlaif_jax.report import write_report
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
+from rlaif_jax.stages.principles import FOLDER as PRINCIPLES
 from rlaif_jax.stages.run import Run, open_run, run_record, with_seed
 from rlaif_jax.summary import print_replay, print_summary
 
@@ -24,7 +25,8 @@ _USAGE = "usage: python -m rlaif_jax.main --config=configs/NAME.py[:ARM] --workd
 _HELP = f"""  --config.FIELD=VALUE   overrides a field of the config, e.g. --config.seed=1
   --stages=NAME,...      stages to run, of {", ".join(STAGES)}; by default all
   --replay=ROW,...       judges these rows of DIR/label/preferences.parquet again and compares; any:N draws N of them;
-                         NAME/ROW,... those of a member of a panel, in DIR/label/panel/NAME
+                         NAME/ROW,... those of a member of a panel, in DIR/label/panel/NAME; principles/ROW,... those
+                         of an ensemble of principles, in DIR/label/principles
   --worker=I/N           with --stages=label: judges every N-th shard from the I-th on, beside N - 1 other processes"""
 
 
@@ -87,9 +89,16 @@ def _replay(run: Run, rows: str) -> int:
 def _replayed(run: Run, text: str) -> tuple[JudgeConfig, epath.Path, str]:
     """Whose labels --replay asks for, their folder, and the rows. Raises UserError for no such member of a panel."""
     judges, folder = run.config.panel.judges, run.folder("label")
+    member, _, rows = text.rpartition("/")
+    if run.config.label.principles == "ensemble":
+        if member != PRINCIPLES:
+            raise UserError(
+                f"--replay={text}: the principles of an ensemble made these labels out of those in label/{PRINCIPLES}, "
+                f"so name rows of that: --replay={PRINCIPLES}/{rows}"
+            )
+        return run.config.judge, folder / PRINCIPLES, rows
     if not judges:
         return run.config.judge, folder, text
-    member, _, rows = text.rpartition("/")
     if member not in judges:
         raise UserError(
             f"--replay={text}: a panel made these labels out of those in label/panel/NAME, so say whose to judge "

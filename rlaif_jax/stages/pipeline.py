@@ -9,6 +9,7 @@ from rlaif_jax.data.prepare import COLUMNS
 from rlaif_jax.data.sources import files
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import file_hashes, read_json, remove_leftovers, write_json
+from rlaif_jax.judge.constitution import load_constitution
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.best_of_n import run_best_of_n
@@ -37,12 +38,12 @@ _SCORES = ("rl.rewards", "rl.penalise_missing_eos", "rl.missing_eos_reward")  # 
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
 _PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
-    "label": ("judge", "panel.judges", "panel.combine", "sampler", "label"),
+    "label": ("judge", "panel.judges", "panel.combine", "constitution", "sampler", "label"),
     "reward_model": ("panel", "preferences", "reward_model"),
     "best_of_n": ("sampler", "judge", *_SCORES, "best_of_n"),
-    "preference": ("sampler", "judge", "panel", "preferences", "preference"),
+    "preference": ("sampler", "judge", "panel", "constitution", "label.principles", "preferences", "preference"),
     "rl": ("sampler", "judge", "rl"),
-    "eval": ("judge", "sampler", "evaluation"),
+    "eval": ("judge", "constitution", "sampler", "evaluation"),
     "overoptimisation": ("judge", "sampler", "overoptimisation"),
 }
 # Fields that change how a stage runs, not what it computes (beyond rounding).
@@ -120,6 +121,8 @@ def stage_inputs(run: Run, name: str) -> dict:
     parts = [part for stage in order[: order.index(name) + 1] for part in _PARTS[stage]]
     if not run.config.panel.judges:
         parts = [part for part in parts if part.split(".")[0] != "panel"]
+    if not run.config.constitution.file:
+        parts = [part for part in parts if part != "constitution"]
     flat = flatten(run.config) | _file_hashes(run)
     wanted = (key for key in flat if any(f"{key}.".startswith(f"{part}.") for part in parts))
     return {key: flat[key] for key in wanted if not key.endswith(_OPERATIONAL)}
@@ -132,6 +135,9 @@ def _file_hashes(run: Run) -> dict[str, str]:
             hashes[f"{name}.prompt.hash"] = load_template(judge.prompt).digest
         with blame(f"{name}.weights"):
             hashes[f"{name}.weights_hash"] = gguf.weights_hash(judge.weights)
+    if run.config.constitution.file:
+        with blame("constitution.file"):
+            hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
@@ -162,7 +168,7 @@ def is_done(run: Run, name: str) -> bool:
         return False
     # A label file that was deleted is put together again from the shards that it was made of.
     folder = run.folder(name)
-    shards = [*folder.glob("shards/*"), *folder.glob("panel/*/shards/*")]
+    shards = [path for part in ("", "panel/*/", "principles/") for path in folder.glob(f"{part}shards/*")]
     return not shards or (folder / "preferences.parquet").exists()
 
 

@@ -20,6 +20,8 @@ GOOD = {
 REASONING = {"cue": " Why:", "stop": ["."]}
 
 
+# Templates of other forms than those of the paper's tasks.
+BY_ITSELF = ("everyday_requests", "everyday_principles", "constitution")
 PLAIN = PromptConfig("", "base", 1, "", "pairwise", chain_of_thought=False, chat=False)
 PAIR = Pair("p", "x", "y")
 
@@ -96,7 +98,7 @@ def test_worked_examples_come_from_the_template_or_from_a_file(tmp_path):
         template(tmp_path, {"method": "axes"}, axes={"true": " Truer:"})
 
 
-@pytest.mark.parametrize("name", [file.stem for file in TEMPLATES.glob("*.yaml") if file.stem != "everyday_requests"])
+@pytest.mark.parametrize("name", [file.stem for file in TEMPLATES.glob("*.yaml") if file.stem not in BY_ITSELF])
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("chain_of_thought", [False, True])
 @pytest.mark.parametrize("preamble", ["base", "detailed"])
