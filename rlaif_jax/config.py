@@ -146,6 +146,8 @@ class GoldConfig(ScorersConfig):
     """A reward that is logged and not trained on: the gold that the proxy of RewardsConfig stands for."""
 
     judge_weights: str  # a GGUF file, or package:NAME; "" for those of `judge`
+    reward_model: float  # that of another run, a larger one's for example
+    reward_model_run: str  # the folder of that run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,6 +396,18 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` made flat, as nested mappings again."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, field = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[field] = value
+    return tree
 
 
 def _groups(value: Any) -> dict[str, Any]:

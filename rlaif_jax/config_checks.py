@@ -318,6 +318,11 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
             )
     _check_scorers(config, rewards, "rl.rewards")
     _check_scorers(config, rl.gold, "rl.gold")
+    if bool(rl.gold.reward_model) != bool(rl.gold.reward_model_run):
+        raise UserError(
+            "config.rl.gold.reward_model is the weight and rl.gold.reward_model_run the folder of a finished run: give "
+            "both, or neither"
+        )
     if rewards.format and not rewards.format_pattern:
         raise UserError("config.rl.rewards.format needs rl.rewards.format_pattern, a regular expression")
     longest = config.policy.max_response_length - 1
@@ -342,10 +347,11 @@ def _check_scorers(config: Config, scorers: ScorersConfig, group: str) -> None:
 
 
 def _check_overoptimisation(config: Config) -> None:
-    if not (config.rl.gold.judge or config.rl.gold.verifier):
+    gold = config.rl.gold
+    if not (gold.judge or gold.verifier or gold.reward_model):
         raise UserError(
-            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge or "
-            "rl.gold.verifier a weight"
+            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge, "
+            "rl.gold.verifier or rl.gold.reward_model a weight"
         )
     chosen, samples = config.overoptimisation.numbers, config.overoptimisation.samples
     if len(chosen) < 3 or list(chosen) != sorted(set(chosen)) or chosen[0] < 2 or chosen[-1] > samples:

@@ -19,6 +19,7 @@ from rlaif_jax.stages.label import run_label
 from rlaif_jax.stages.overoptimisation import run_overoptimisation
 from rlaif_jax.stages.preference import run_preference
 from rlaif_jax.stages.reward_model import run_reward_model
+from rlaif_jax.stages.rewards import normalisation_file
 from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.rounds import run_rounds
 from rlaif_jax.stages.run import Run
@@ -156,6 +157,8 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if gold.judge and gold.judge_weights:
         with blame("rl.gold.judge_weights"):
             hashes["rl.gold.judge_weights_hash"] = gguf.weights_hash(gold.judge_weights)
+    if gold.reward_model:
+        (hashes["rl.gold.reward_model_hash"],) = file_hashes([normalisation_file(gold.reward_model_run)])
     for role in COLUMNS:
         source = getattr(run.config.data, role)
         if source.kind in ("jsonl", "parquet"):
