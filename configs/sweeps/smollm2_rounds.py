@@ -24,6 +24,8 @@ def get_config(arm: str = "dpo,rounds") -> config_dict.ConfigDict:
     sweep.base.judge.dtype = "float32"
     sweep.base.data.embedded.update(evaluation_combinations=30, evaluation_unseen_templates=10)
     sweep.base.sft.update(steps=12, batch_size=4, checkpoint_every=12)
+    sweep.base.sampler.update(slots=48, refill=16)
+    sweep.base.evaluation.update(batch_size=40, commit_every=40)
     sweep.base.label.pairs = 48
     sweep.base.preference.update(steps=6, batch_size=8, checkpoint_every=6)
     sweep.base.preference.optimizer.update(learning_rate=2e-5, warmup_steps=1)
