@@ -93,6 +93,11 @@ def panel(config: config_dict.ConfigDict, **prompts: dict) -> None:
         config.panel.judges[name] = _following(config.judge, prompt=_following(config.judge.prompt, **changes))
 
 
+def self_judge(config: config_dict.ConfigDict) -> None:
+    """The policy itself labels, each round's pairs with the weights that made them; `config.judge` only evaluates."""
+    config.panel.judges["self"] = _following(config.judge, weights="policy")
+
+
 def _following(fields: config_dict.ConfigDict, **changes) -> config_dict.ConfigDict:
     copy = group()
     for name, value in fields.items(preserve_field_references=True):
@@ -115,13 +120,15 @@ def rating_prompt(template: str) -> config_dict.ConfigDict:
 
 
 def no_gold(template: str) -> config_dict.ConfigDict:
-    """No gold reward: give `judge` or `verifier` a weight to log one beside the reward that RL follows."""
+    """No gold reward: give `judge`, `verifier` or `reward_model` a weight to log one beside what RL follows."""
     return group(
         judge=0.0,
         judge_weights="",  # those of `judge`
         judge_prompt=rating_prompt(template),
         verifier=0.0,
         verifier_function="ground_truth",
+        reward_model=0.0,
+        reward_model_run="",
     )
 
 

@@ -11,8 +11,9 @@ same rollouts); drlaif (the judge's ratings are the reward: no labels, no reward
 learns from the labels, no reward model); online_dpo (from pairs of the live policy, judged at once); best_of_n (it is
 tuned on the best of n of its own replies); ensemble (PPO on the worst case of four reward models); panel (three prompts
 label, and their mean is learned: three times the labelling); overoptimisation (no KL penalty and a long RL, held
-against the ground truth, as is best of n: docs/overoptimisation.md); smoke (the same judge on a fraction of the data,
-to see that everything runs).
+against the ground truth, as is best of n: docs/overoptimisation.md); rounds (three times from labels to evaluation,
+each time from the policy of the time before: docs/preferences.md); smoke (the same judge on a fraction of the data, to
+see that everything runs).
 """
 
 from ml_collections import config_dict
@@ -50,6 +51,7 @@ ARMS = (
     "ensemble",
     "panel",
     "overoptimisation",
+    "rounds",
 )
 
 
@@ -58,6 +60,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.seed = 0  # of the corpus, the initialisation, the samples and the order of the data
     config.stages = ("sft", "label", "reward_model", "rl", "eval")
+    config.rounds = 1  # of the stages after sft
 
     config.mesh = group(
         data=1,  # devices along each axis; -1 takes what is left
@@ -315,6 +318,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.reward_model.update(members=4, combine="min")
     if "panel" in words:
         panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
+    if "rounds" in words:
+        config.rounds = 3
     if "overoptimisation" in words:
         config.stages = (*config.stages, "overoptimisation")
         config.rl.gold.verifier = 1.0

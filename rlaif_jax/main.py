@@ -1,9 +1,11 @@
 """Runs the stages of a config: python -m rlaif_jax.main --config=configs/quickstart.py --workdir=runs/quickstart"""
 
 import dataclasses
+import functools
 import random
 import re
 import sys
+from collections.abc import Callable
 
 import jax
 from absl import flags
@@ -14,8 +16,10 @@ from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.files import read_parquet, remove_leftovers, write_json
 from rlaif_jax.judge import store
-from rlaif_jax.judge.score import JudgeConfig, load_judge
+from rlaif_jax.judge.score import Judge, load_judge
 from rlaif_jax.report import write_report
+from rlaif_jax.stages.folders import all_stages, in_round
+from rlaif_jax.stages.panel import member
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
 from rlaif_jax.stages.principles import FOLDER as PRINCIPLES
 from rlaif_jax.stages.run import Run, open_run, run_record, with_seed
@@ -23,10 +27,12 @@ from rlaif_jax.summary import print_replay, print_summary
 
 _USAGE = "usage: python -m rlaif_jax.main --config=configs/NAME.py[:ARM] --workdir=DIR"
 _HELP = f"""  --config.FIELD=VALUE   overrides a field of the config, e.g. --config.seed=1
-  --stages=NAME,...      stages to run, of {", ".join(STAGES)}; by default all
+  --stages=NAME,...      stages to run, of {", ".join(STAGES)}; by default all.
+                         Where the config has rounds, those of later ones are round2/label ...
   --replay=ROW,...       judges these rows of DIR/label/preferences.parquet again and compares; any:N draws N of them;
                          NAME/ROW,... those of a member of a panel, in DIR/label/panel/NAME; principles/ROW,... those
                          of an ensemble of principles, in DIR/label/principles
+  --round=K              with --replay: of the labels in DIR/roundK/label
   --worker=I/N           with --stages=label: judges every N-th shard from the I-th on, beside N - 1 other processes"""
 
 
@@ -40,23 +46,28 @@ def _main(argv: list[str]) -> int:
     flags.DEFINE_list("stages", None, "", flag_values=values)
     flags.DEFINE_string("replay", None, "", flag_values=values)
     flags.DEFINE_string("worker", None, "", flag_values=values)
+    flags.DEFINE_integer("round", 1, "", lower_bound=1, flag_values=values)
     options = parse_flags(argv, _USAGE, values)
     folder = open_folder(options.workdir)
     run = open_run(with_seed(parse(options.config.to_dict()), folder), folder)
     if options.replay is not None:
-        return _replay(run, options.replay)
+        return _replay(run.in_round(options.round), options.replay)
+    if options.round != 1:
+        raise UserError("--round is for --replay alone")
     if options.worker is not None:
         if options.stages != ["label"]:
             raise UserError("--worker is for --stages=label alone")
         run = dataclasses.replace(run, worker=_worker(options.worker))
-    stages = plan(run, list(run.config.stages) if options.stages is None else options.stages)
+    every = all_stages(run.config.stages, run.config.rounds)
+    stages = plan(run, list(every) if options.stages is None else options.stages)
     with room_in(run.workdir), jax.set_mesh(run.placement.mesh):
         if run.worker.count == 1:
             remove_leftovers(run.workdir)
         write_json(run.workdir / "config.json", run_record(run.config))
         run_stages(run, stages)
-    if "eval" in stages:
-        print_summary(run)
+    evaluated = [number for stage, number in map(in_round, stages) if stage == "eval"]
+    if evaluated:
+        print_summary(run.in_round(evaluated[-1]))
         print(f"report: {write_report(run.workdir)}")
     return 0
 
@@ -70,14 +81,14 @@ def _worker(text: str) -> store.Worker:
 
 def _replay(run: Run, rows: str) -> int:
     """Judges label rows again; 0 where all labels are reproduced, 1 where one is not."""
-    config, folder, rows = _replayed(run, rows)
+    load, folder, rows = _replayed(run, rows)
     file = folder / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
     table = read_parquet(file)
     chosen = _rows(rows, table.num_rows)
     with jax.set_mesh(run.placement.mesh):
-        judge = load_judge(config, run.config.seed, run.placement)
+        judge = load()
         replayed = [store.replay(judge, table, row) for row in chosen]
     same = [store.same_label(stored, fresh) for stored, fresh in replayed]
     for (stored, fresh), equal in zip(replayed, same, strict=True):
@@ -86,25 +97,29 @@ def _replay(run: Run, rows: str) -> int:
     return 0 if all(same) else 1
 
 
-def _replayed(run: Run, text: str) -> tuple[JudgeConfig, epath.Path, str]:
-    """Whose labels --replay asks for, their folder, and the rows. Raises UserError for no such member of a panel."""
+def _replayed(run: Run, text: str) -> tuple[Callable[[], Judge], epath.Path, str]:
+    """What loads whose labels --replay asks for, their folder, and the rows.
+
+    Raises UserError for no such member of a panel.
+    """
     judges, folder = run.config.panel.judges, run.folder("label")
-    member, _, rows = text.rpartition("/")
+    name, _, rows = text.rpartition("/")
+    alone = functools.partial(load_judge, run.config.judge, run.config.seed, run.placement)
     if run.config.label.principles == "ensemble":
-        if member != PRINCIPLES:
+        if name != PRINCIPLES:
             raise UserError(
                 f"--replay={text}: the principles of an ensemble made these labels out of those in label/{PRINCIPLES}, "
                 f"so name rows of that: --replay={PRINCIPLES}/{rows}"
             )
-        return run.config.judge, folder / PRINCIPLES, rows
+        return alone, folder / PRINCIPLES, rows
     if not judges:
-        return run.config.judge, folder, text
-    if member not in judges:
+        return alone, folder, text
+    if name not in judges:
         raise UserError(
             f"--replay={text}: a panel made these labels out of those in label/panel/NAME, so say whose to judge "
             f"again: --replay=NAME/{rows}, NAME being one of {', '.join(judges)}"
         )
-    return judges[member], folder / "panel" / member, rows
+    return functools.partial(member, run, name), folder / "panel" / name, rows
 
 
 def _rows(text: str, count: int) -> list[int]:

@@ -18,6 +18,7 @@ BY_POLICY = (
     ("  answers its prompt", "ground_truth_answers_prompt"),
     ("reward", "reward"),
     ("response length, tokens", "response_length"),
+    ("entropy, nats a token", "entropy"),
     ("distinct bigrams", "distinct_2"),
     ("most common reply", "most_common_reply"),
 )

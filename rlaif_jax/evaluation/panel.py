@@ -17,9 +17,12 @@ KNOWN = ("ground_truth", "human")  # columns that say which response is better: 
 
 
 def enough(prob_a: np.ndarray) -> np.ndarray:
-    """Whether a pair has a label: at least two members, and more than half of them, scored it. [pairs] bool."""
+    """Whether a pair has a label: more than half of the members, and at least two where there are two, scored it.
+
+    prob_a: [members, pairs], NaN where a member did not. Returns [pairs] bool.
+    """
     scored = np.isfinite(prob_a).sum(axis=0)
-    return (scored >= 2) & (2 * scored > len(prob_a))
+    return (scored >= min(2, len(prob_a))) & (2 * scored > len(prob_a))
 
 
 def combine(prob_a: np.ndarray, rule: str) -> np.ndarray:
@@ -137,6 +140,8 @@ def panel_audit(columns: Mapping[str, Sequence[Any]], resamples: int, seed: int)
         return {}
     members, rule = [columns["prob_a_members"][i] for i in rows], columns["combine"][0]
     names = list(members[0])
+    if len(names) < 2:  # who labels is only not who evaluates: there is nobody to agree with
+        return {}
     prob_a = np.array([[row[name] for row in members] for name in names], float)
     known = {name: np.array([columns[name][i] for i in rows], float) for name in KNOWN if name in columns}
 

@@ -31,10 +31,11 @@ from rlaif_jax.judge.verdict import Verdict, exclusive, normalise, rating, verdi
 from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
-from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.models.transformer import LanguageModel, ModelConfig
 from rlaif_jax.sampling.buckets import length_buckets
 from rlaif_jax.sampling.trees import Scorer, grow, score_trees, sum_by_choice
 
+POLICY = "policy"  # as the weights of a judge that labels: the policy itself, as it is when it makes the pairs
 _PLANNED = 1024  # trees of a job whose lengths decide what lengths are compiled
 _BEGINNINGS = ("a", "A", "1", " ", "\n", "\n\n", "\t", ".", "'s", "é", "中")  # of texts, each split in its own way
 
@@ -43,7 +44,7 @@ _BEGINNINGS = ("a", "A", "1", " ", "\n", "\n\n", "\t", ".", "'s", "é", "中")  
 class JudgeConfig:
     """Which model judges, with which prompt, and how."""
 
-    weights: str  # a GGUF file; package:NAME for the one inside an installed package
+    weights: str  # a GGUF file; package:NAME for the one inside a package; in a panel also "policy", its own judge
     prompt: PromptConfig
     batch_tokens: int  # tokens scored at a time, padding included
     buckets: int  # different lengths that prompts are padded to, one compiled program each
@@ -83,6 +84,7 @@ class Judge:
     scorer: Scorer  # its prefix holds the keys and values of `preamble`
     preamble: tuple[int, ...]  # the tokens that all prompts begin with
     choices: tuple[tuple[int, ...], ...]
+    name: str
     weights_hash: str
     seed: int  # of rationales
     reasoner: Reasoner | None  # where the template asks for a rationale
@@ -91,7 +93,7 @@ class Judge:
     def provenance(self) -> dict[str, str]:
         """What tells this judge's labels from another's: weights, template and the hashes of both."""
         return {
-            "judge": self.config.weights + (" (shuffled)" if self.config.shuffle_weights else ""),
+            "judge": self.name,
             "judge_hash": self.weights_hash,
             "template": self.template.name,
             "template_hash": self.template.digest,
@@ -103,6 +105,16 @@ class Judge:
         return self.reasoner.samples if self.reasoner else 1
 
 
+class JudgeModel(NamedTuple):
+    """A model that judges."""
+
+    name: str  # what its labels say of it, with the hash
+    weights_hash: str
+    shape: ModelConfig
+    params: dict  # placed
+    tokenizer: PreTrainedTokenizerFast
+
+
 class Plan(NamedTuple):
     """The shapes that a labelling job compiles."""
 
@@ -111,23 +123,31 @@ class Plan(NamedTuple):
 
 
 def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
-    """Loads the weights and the template, and reads the preamble.
+    """The judge of `config.weights`. Raises UserError as `make_judge` does, and for weights that can't be read."""
+    reader = gguf.open_gguf(config.weights)
+    shape = gguf.model_config(reader)
+    weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
+    params = place_parameters(LanguageModel(shape), weights, placement)
+    name = config.weights + (" (shuffled)" if config.shuffle_weights else "")
+    model = JudgeModel(name, gguf.weights_hash(config.weights), shape, params, tokenizers.from_gguf(reader))
+    return make_judge(config, model, seed, placement)
+
+
+def make_judge(config: JudgeConfig, judge_model: JudgeModel, seed: int, placement: Placement) -> Judge:
+    """A model with the template that it judges by, the preamble read.
 
     Raises UserError where the choices can't be told apart, and where the preamble leaves no room for a pair.
     """
-    reader = gguf.open_gguf(config.weights)
-    tokenizer = tokenizers.from_gguf(reader)
+    tokenizer = judge_model.tokenizer
     frame = chat_frame(tokenizer) if config.prompt.chat else PLAIN
     template = dataclasses.replace(load_template(config.prompt), frame=frame)
     choices = tuple(tuple(tokens) for tokens in texts_to_tokens(tokenizer, template.choices))
     if len(set(choices)) < len(choices):
         raise UserError(f"judge template {template.name}: the tokenizer reads two choices as the same tokens")
     preamble = _shared_tokens(tokenizer, template)
-    shape = dataclasses.replace(gguf.model_config(reader), dtype=config.dtype, attention=config.attention)
-    stacked = LanguageModel(shape)
-    weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
+    stacked = LanguageModel(dataclasses.replace(judge_model.shape, dtype=config.dtype, attention=config.attention))
     # Layers of their own are 1.2 times as fast as stacked ones, of which each call cuts copies (measured on a CPU).
-    params = decoding_parameters(stacked, place_parameters(stacked, weights, placement), placement)
+    params = decoding_parameters(stacked, judge_model.params, placement)
     model = decoding_model(stacked)
     prefix = read_prefix(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
     jax.block_until_ready((params, prefix))  # a process that ends in the middle of it, with nothing to judge, crashes
@@ -142,8 +162,8 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
             f"{after} (judge.rationale.max_new_tokens), which leaves no room for a pair in "
             f"judge.max_length={config.max_length}"
         )
-    weights_hash = gguf.weights_hash(config.weights)
-    return Judge(config, template, tokenizer, scorer, preamble, choices, weights_hash, seed, reasoner)
+    name, weights_hash = judge_model.name, judge_model.weights_hash
+    return Judge(config, template, tokenizer, scorer, preamble, choices, name, weights_hash, seed, reasoner)
 
 
 def plan_judging(judge: Judge, pairs: Sequence[Pair]) -> Plan:

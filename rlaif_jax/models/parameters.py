@@ -5,6 +5,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import xxhash
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -52,6 +54,15 @@ def place_parameters(model: nn.Module, parameters, placement: Placement):
     if given != shapes:
         raise ValueError(f"parameters do not fit the model: expected {shapes}, got {given}")
     return jax.tree.map(jax.device_put, parameters, shardings)
+
+
+def parameters_hash(parameters) -> str:
+    """xxh3 of names and bytes of a tree of arrays: the same for the same values, wherever they lie."""
+    digest = xxhash.xxh3_64()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def abstract_parameters(model: nn.Module, placement: Placement):

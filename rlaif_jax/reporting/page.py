@@ -55,7 +55,7 @@ _CURVES = {
         ("value/loss", None),
     ),
 }
-_NOT_SHARES = ("reward", "response_length", "kl", "distinct_2")
+_NOT_SHARES = ("reward", "response_length", "kl", "entropy", "distinct_2")
 
 
 def render(run: RunData) -> str:
@@ -83,6 +83,7 @@ def render(run: RunData) -> str:
         calibration=_calibration(run),
         audit=_audit(run),
         samples=sample_cards(run),
+        by_round=run.by_round and base64.b64encode(run.by_round.encode()).decode(),
         provenance=_provenance(run),
     )
     return html.encode("ascii", "xmlcharrefreplace").decode()

@@ -9,7 +9,7 @@ from rlaif_jax.data import embedded
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policy_stage, title
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
-from rlaif_jax.stages.folders import cell_stages
+from rlaif_jax.stages.folders import cell_stages, name_in_round
 
 # Those of stages/pipeline.py, without JAX.
 STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
@@ -29,6 +29,8 @@ class RunData:
     path: str  # of the folder, as the user names it
     name: str
     record: dict  # config.json
+    round: int  # the last one that has been evaluated; what follows is of it
+    by_round: str | None  # rounds/rounds.svg
     stages: dict[str, str]  # name -> "done", "unfinished" or "not run"
     metrics: dict[str, list[dict]]  # stage -> lines of metrics.jsonl
     labels: list[dict] | None  # label/preferences.parquet
@@ -74,10 +76,18 @@ def read_run(workdir: epath.Path) -> RunData:
     """
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir / 'config.json'} is missing: {workdir} is no folder of rlaif_jax.main")
-    shared = cell_stages(workdir)
-    folders = {stage: shared.get(stage, workdir / stage) for stage in STAGES}
-    label, evaluation = folders["label"], folders["eval"]
     record = _object(workdir / "config.json", config=dict)
+    rounds, shared = record["config"].get("rounds", 1), cell_stages(workdir)
+    names = {number: {stage: name_in_round(stage, number) for stage in STAGES} for number in range(1, rounds + 1)}
+    all_folders = {
+        number: {stage: shared.get(name, workdir / name) for stage, name in each.items()}
+        for number, each in names.items()
+    }
+    evaluated = [number for number, each in all_folders.items() if _state(each["eval"]) == "done"]
+    number = max(evaluated, default=1)
+    folders = all_folders[number]
+    label, evaluation = folders["label"], folders["eval"]
+    by_round = shared.get("rounds", workdir / "rounds") / "rounds.svg"
     policy = policy_stage(record["config"].get("stages", USUAL))
     labels, samples = _rows(label / "preferences.parquet", _PAIR), _samples(evaluation / "samples.parquet", policy)
     results = _figures(evaluation / "results.json")
@@ -89,6 +99,8 @@ def read_run(workdir: epath.Path) -> RunData:
         path=str(workdir),
         name=workdir.name or str(workdir),
         record=record,
+        round=number,
+        by_round=by_round.read_text() if by_round.exists() else None,
         stages={stage: _state(folder) for stage, folder in folders.items()},
         metrics={stage: _lines(folders[stage] / "metrics.jsonl") for stage in STAGES if stage not in ("label", "eval")},
         labels=labels,

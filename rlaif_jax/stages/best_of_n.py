@@ -26,8 +26,7 @@ def run_best_of_n(run: Run) -> None:
     chosen = read_parquet(file).to_pydict()
     prompts = prompt_tokens(run.tokenizer(), chosen["prompt"])
     rows = packed(list(zip(prompts, chosen["tokens"], strict=True)), run.config.sft, run.order_seed("packing"))
-    model = run.language_model()
-    tune(run, "best_of_n", run.config.best_of_n, rows, lambda: run.trained_params("sft", model))
+    tune(run, "best_of_n", run.config.best_of_n, rows, run.start_params)
 
 
 def _choose(run: Run) -> pa.Table:
@@ -40,7 +39,7 @@ def _choose(run: Run) -> pa.Table:
     drawn = shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("best_of_n"), "best_of_n.prompts")
     prompts = [drawn[i][0] for i in range(config.prompts)]
     shards = run.folder("best_of_n") / "replies_sft"
-    params, key = run.trained_params("sft", run.language_model()), run.key("best_of_n")
+    params, key = run.start_params(), run.key("best_of_n")
     replies = keep_replies(run, params, prompts, config.samples, key, config.sampling, shards, config.commit_every)
     reward_model = load_reward_model(run) if run.config.rl.rewards.reward_model else None
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]

@@ -18,6 +18,7 @@ from etils import epath
 from rlaif_jax.config import Config, override
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, write_json
+from rlaif_jax.stages.folders import all_stages
 from rlaif_jax.stages.pipeline import check_verifiers, is_done, run_stages, stage_inputs
 from rlaif_jax.stages.run import Run, open_run, run_record
 
@@ -86,9 +87,15 @@ def make_cells(sweep: SweepConfig, root: epath.Path) -> list[Cell]:
 def _cell(root: epath.Path, arm: str, seed: int, run: Run) -> Cell:
     cell = Cell(arm, seed, dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed)))
     with blame(f"arms.{arm}"):
-        hashes = {stage: _content_hash(stage_inputs(cell.run, stage)) for stage in run.config.stages}
-    shared = {stage: root / "shared" / f"{stage}-{digest}" / stage for stage, digest in hashes.items()}
+        hashes = {stage: _content_hash(stage_inputs(cell.run, stage)) for stage in _stages_of(run)}
+    shared = {
+        stage: root / "shared" / f"{stage.replace('/', '_')}-{digest}" / stage for stage, digest in hashes.items()
+    }
     return dataclasses.replace(cell, run=dataclasses.replace(cell.run, workdir=root / cell.path, shared=shared))
+
+
+def _stages_of(run: Run) -> tuple[str, ...]:
+    return all_stages(run.config.stages, run.config.rounds)
 
 
 def _content_hash(inputs: dict) -> str:
@@ -130,7 +137,7 @@ def run_cells(cells: Sequence[Cell], root: epath.Path) -> Outcome:
 
 
 def _run_cell(cell: Cell, outcome: Outcome, broken: dict[epath.Path, Failure]) -> Failure | None:
-    for stage in cell.run.config.stages:
+    for stage in _stages_of(cell.run):
         folder = cell.run.folder(stage)
         if folder in broken:
             return broken[folder]

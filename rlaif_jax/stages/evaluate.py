@@ -10,7 +10,14 @@ import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.evaluation.audit import agreement
-from rlaif_jax.evaluation.statistics import Figure, distinct_2, jackknife_ci, mean_ci, most_common_share
+from rlaif_jax.evaluation.statistics import (
+    Figure,
+    bootstrap_ci,
+    distinct_2,
+    jackknife_ci,
+    mean_ci,
+    most_common_share,
+)
 from rlaif_jax.files import read_json, read_parquet, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
@@ -59,10 +66,11 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     params = {name: run.trained_params(name, model) for name in ("sft", run.config.policy_stage)}
     reward_model, config = _reward_model(run), run.config.evaluation
     columns: dict[str, list] = {"prompt": prompts}
+    key = run.in_round(1).key("eval")
     for name in params:
-        # One key for all policies: what they differ in is then their own doing, not the luck of the draw.
+        # One key for all policies, of any round: what they differ in is then their own doing, not the luck of the draw.
         replies = keep_replies(
-            run, params[name], prompts, 1, run.key("eval"), config.sampling, _shards(run, name), config.commit_every
+            run, params[name], prompts, 1, key, config.sampling, _shards(run, name), config.commit_every
         )
         columns[name] = replies.texts
         measured_columns: dict[str, list] = {}
@@ -96,24 +104,29 @@ def _measure(
     sequences: Sequences,
     temperature: float,
 ) -> dict[str, jax.Array]:
-    """Log-ratio to the reference summed over the response (nats), tokens and, of a reward model, reward: [batch] each.
+    """Log-ratio to the reference and surprise, both summed over the response (nats), tokens, and reward: [batch] each.
 
-    The log-ratio is that of the distributions sampled from; at temperature 0, of those at temperature 1.
+    Both are of the distributions sampled from; at temperature 0, of those at temperature 1. The reward is that of the
+    reward model, where there is one.
     """
     logprobs = response_logprobs(model, params, sequences, temperature or 1.0)
     ref_logprobs = response_logprobs(model, reference, sequences, temperature or 1.0)
     kl = jnp.sum(k1(logprobs, ref_logprobs), axis=1)
-    measured = {"kl": kl, "length": jnp.sum(sequences.response_mask, axis=1)}
+    measured = {"kl": kl, "length": jnp.sum(sequences.response_mask, axis=1), "surprise": -jnp.sum(logprobs, axis=1)}
     if reward_model is not None:
         measured["reward"] = rewards_of(scalar_model, reward_model, sequences)
     return measured
 
 
+def wins(judged: list[dict]) -> np.ndarray:
+    """1 where a judge prefers response a, 0 where b, 0.5 where they are alike; NaN where it could not tell: [rows]."""
+    value = {"ok": lambda row: float(row["prob_a"] > 0.5) + 0.5 * (row["prob_a"] == 0.5), "identical": lambda row: 0.5}
+    return np.array([value[row["status"]](row) if row["status"] in value else np.nan for row in judged])
+
+
 def _win_rates(policy: str, judged: list[dict], groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
     """How often the judge prefers the trained policy, over all prompts and by group."""
-    # Equal replies are a tie; pairs that the judge could not score are left out, and `n` says so.
-    wins = {"ok": lambda row: float(row["prob_a"] > 0.5) + 0.5 * (row["prob_a"] == 0.5), "identical": lambda row: 0.5}
-    win = np.array([wins[row["status"]](row) if row["status"] in wins else np.nan for row in judged])
+    win = wins(judged)
     valid = np.isfinite(win)
     figures = {f"win_rate/{policy}_vs_sft": mean(win[valid])}
     for group in filter(None, np.unique(groups)):
@@ -136,10 +149,17 @@ def _by_policy(run: Run, samples: dict, groups: np.ndarray, mean: Mean) -> dict[
             figures[f"reward/{name}"] = mean(samples[f"reward/{name}"])
         figures |= {
             f"response_length/{name}": mean(samples[f"length/{name}"]),
+            f"entropy/{name}": _entropy(run, samples[f"surprise/{name}"], samples[f"length/{name}"]),
             f"distinct_2/{name}": jackknife_ci(samples[name], distinct_2),
             f"most_common_reply/{name}": jackknife_ci(samples[name], most_common_share),
         }
     return figures
+
+
+def _entropy(run: Run, surprise: list[float], lengths: list[float]) -> Figure:
+    """Nats a token, from the surprise of what the policy itself has sampled."""
+    ratio = lambda total, tokens: total.sum() / tokens.sum()  # noqa: E731
+    return bootstrap_ci((surprise, lengths), ratio, run.config.evaluation.bootstrap_samples, run.config.seed)
 
 
 def _agreement(run: Run, samples: dict, judged: list[dict], mean: Mean) -> dict[str, Figure | bool]:

@@ -1,13 +1,31 @@
 """Where a run keeps its stages: in its folder, or, for a cell of a sweep, where cell.json says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json
 
-_WITH_RESULTS = ("reward_model", "eval", "overoptimisation")
+_WITH_RESULTS = ("reward_model", "eval", "overoptimisation", "rounds")  # the last one's count where names are the same
+_ONCE = ("sft", "overoptimisation", "rounds")  # stages that all rounds share
+
+
+def name_in_round(stage: str, number: int) -> str:
+    """What a stage is called in a round of a run, and where it keeps its files: label, round2/label ..."""
+    return stage if number == 1 or stage in _ONCE else f"round{number}/{stage}"
+
+
+def in_round(name: str) -> tuple[str, int]:
+    """Stage and round of what `name_in_round` returned."""
+    head, _, stage = name.rpartition("/")
+    return stage, int(head.removeprefix("round") or 1)
+
+
+def all_stages(stages: Sequence[str], rounds: int) -> tuple[str, ...]:
+    """Every stage of a run in its order: `stages` once, then those of each later round, then what compares them."""
+    later = [name_in_round(stage, k) for k in range(2, rounds + 1) for stage in stages if stage not in _ONCE]
+    return (*stages, *later, *(["rounds"] if rounds > 1 else []))
 
 
 def cell_stages(workdir: epath.Path) -> dict[str, epath.Path]:

@@ -91,8 +91,9 @@ def _sample_candidates(run: Run, shards: epath.Path) -> pa.Table:
         shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("label"), "label"),
     )
     prompts = [drawn[i][0] for i in range(config.pairs)]
-    params = run.trained_params("sft", run.language_model())
-    replies = keep_replies(run, params, prompts, 2, run.key("candidates"), config.sampling, shards, config.commit_every)
+    replies = keep_replies(
+        run, run.start_params(), prompts, 2, run.key("candidates"), config.sampling, shards, config.commit_every
+    )
     columns: dict[str, list] = {"prompt": prompts}
     for i, name in enumerate("ab"):
         columns |= {f"response_{name}": replies.texts[i::2], f"ended_{name}": replies.ended[i::2]}

@@ -13,7 +13,9 @@ from rlaif_jax.evaluation.panel import combine, enough, mean
 from rlaif_jax.files import read_json, read_parquet, remove_leftovers, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair, text_hash
-from rlaif_jax.judge.score import load_judge
+from rlaif_jax.judge.score import POLICY, Judge, JudgeModel, load_judge, make_judge
+from rlaif_jax.models.parameters import parameters_hash
+from rlaif_jax.stages.folders import name_in_round
 from rlaif_jax.stages.joined import joined, numbers
 from rlaif_jax.stages.principles import Labeller, by_principles
 from rlaif_jax.stages.run import Run
@@ -26,6 +28,18 @@ def labeller(run: Run) -> Labeller:
     else:
         label = functools.partial(store.label, load_judge(run.config.judge, run.config.seed, run.placement))
     return label if run.config.label.principles == "none" else by_principles(run, label)
+
+
+def member(run: Run, name: str) -> Judge:
+    """A judge of the panel; where its weights are "policy", the policy that has made this round's pairs."""
+    config = run.config.panel.judges[name]
+    with blame(f"panel.judges.{name}"):
+        if config.weights != POLICY:
+            return load_judge(config, run.config.seed, run.placement)
+        begun, stage = run.start()
+        params, title = run.start_params(), f"{POLICY} after {name_in_round(stage, begun.round)}"
+        model = JudgeModel(title, parameters_hash(params), run.model_config(), params, run.tokenizer())
+        return make_judge(config, model, run.config.seed, run.placement)
 
 
 def label_by_panel(
@@ -59,9 +73,7 @@ def label_by_panel(
 
 def _label_by_member(run: Run, name: str, pairs, folder: epath.Path, description: str, worker: store.Worker) -> None:
     """A function of its own, so that no two judges are in memory."""
-    with blame(f"panel.judges.{name}"):
-        judge = load_judge(run.config.panel.judges[name], run.config.seed, run.placement)
-    store.label(judge, pairs, folder, description, worker)
+    store.label(member(run, name), pairs, folder, description, worker)
 
 
 def _provenance(manifests: Mapping[str, dict], rule: str) -> dict[str, str]:

@@ -11,14 +11,18 @@ from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import file_hashes, read_json, remove_leftovers, write_json
 from rlaif_jax.judge.constitution import load_constitution
 from rlaif_jax.judge.prompts import load_template
+from rlaif_jax.judge.score import POLICY
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.best_of_n import run_best_of_n
 from rlaif_jax.stages.evaluate import run_evaluation
+from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.label import run_label
 from rlaif_jax.stages.overoptimisation import run_overoptimisation
 from rlaif_jax.stages.preference import run_preference
 from rlaif_jax.stages.reward_model import run_reward_model
+from rlaif_jax.stages.rewards import normalisation_file
 from rlaif_jax.stages.rl import run_rl
+from rlaif_jax.stages.rounds import run_rounds
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.sft import run_sft
 from rlaif_jax.stages.verifier import find_verifier
@@ -32,6 +36,7 @@ STAGES: dict[str, Callable[[Run], bool | None]] = {
     "rl": run_rl,
     "eval": run_evaluation,
     "overoptimisation": run_overoptimisation,
+    "rounds": run_rounds,
 }
 
 _SCORES = ("rl.rewards", "rl.penalise_missing_eos", "rl.missing_eos_reward")  # what a reply is worth
@@ -45,7 +50,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "rl": ("sampler", "judge", "rl"),
     "eval": ("judge", "constitution", "sampler", "evaluation"),
     "overoptimisation": ("judge", "sampler", "overoptimisation"),
+    "rounds": ("rounds", "judge", "panel", "evaluation"),
 }
+_READ_BY_NONE = ("eval", "overoptimisation")  # stages of whose results no later one depends, but for `rounds`
 # Fields that change how a stage runs, not what it computes (beyond rounding).
 _OPERATIONAL = (
     "checkpoint_every",
@@ -68,12 +75,12 @@ _KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "teache
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
-    """The named stages in their order, once it is sure that they can begin.
+    """The named stages, of any round, in their order, once it is sure that they can begin.
 
     Raises UserError for an unknown stage, and where a stage up to the last named one was begun under another config
     or with other files.
     """
-    order = run.config.stages
+    order = all_stages(run.config.stages, run.config.rounds)
     for name in names:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
@@ -109,7 +116,8 @@ def run_stages(run: Run, names: list[str]) -> None:
             remove_leftovers(run.folder(name))
         inputs = stage_inputs(run, name)
         write_json(run.record(name), {"done": False, "config": inputs})
-        if STAGES[name](run) is False:
+        stage, number = in_round(name)
+        if STAGES[stage](run.in_round(number)) is False:
             print(f"{name}: this worker is done; the last one to be finishes the stage", flush=True)
             return
         write_json(run.record(name), {"done": True, "config": inputs})
@@ -117,8 +125,10 @@ def run_stages(run: Run, names: list[str]) -> None:
 
 def stage_inputs(run: Run, name: str) -> dict:
     """What a stage's result depends on: config fields, and hashes of the files that they name."""
-    order = run.config.stages
-    parts = [part for stage in order[: order.index(name) + 1] for part in _PARTS[stage]]
+    order = all_stages(run.config.stages, run.config.rounds)
+    before = (in_round(earlier)[0] for earlier in order[: order.index(name)])
+    needed = {stage: None for stage in before if stage not in _READ_BY_NONE} | {in_round(name)[0]: None}
+    parts = [part for stage in needed for part in _PARTS[stage]]
     if not run.config.panel.judges:
         parts = [part for part in parts if part.split(".")[0] != "panel"]
     if not run.config.constitution.file:
@@ -134,7 +144,8 @@ def _file_hashes(run: Run) -> dict[str, str]:
         with blame(f"{name}.prompt.template"):
             hashes[f"{name}.prompt.hash"] = load_template(judge.prompt).digest
         with blame(f"{name}.weights"):
-            hashes[f"{name}.weights_hash"] = gguf.weights_hash(judge.weights)
+            if judge.weights != POLICY:
+                hashes[f"{name}.weights_hash"] = gguf.weights_hash(judge.weights)
     if run.config.constitution.file:
         with blame("constitution.file"):
             hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
@@ -152,6 +163,8 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if gold.judge and gold.judge_weights:
         with blame("rl.gold.judge_weights"):
             hashes["rl.gold.judge_weights_hash"] = gguf.weights_hash(gold.judge_weights)
+    if gold.reward_model:
+        (hashes["rl.gold.reward_model_hash"],) = file_hashes([normalisation_file(gold.reward_model_run)])
     for role in COLUMNS:
         source = getattr(run.config.data, role)
         if source.kind in ("jsonl", "parquet"):
@@ -196,7 +209,7 @@ def _check_config(run: Run, name: str) -> None:
 
 
 def _check_predecessors(run: Run, name: str) -> None:
-    order = run.config.stages
+    order = all_stages(run.config.stages, run.config.rounds)
     for earlier in order[: order.index(name)]:
         if not is_done(run, earlier):
             raise UserError(f"stage {name} needs stage {earlier}, which has not finished in {run.workdir}")

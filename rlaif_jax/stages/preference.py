@@ -60,7 +60,7 @@ def run_preference(run: Run) -> None:
     Offline also `preference/reference.parquet`: the reference's log-prob of every response, worked out once.
     """
     config, model = run.config.preference, run.language_model()
-    reference = run.trained_params("sft", model)
+    reference = run.start_params()
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(loss_of_pairs, model=model, config=config)
     step_fn = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)

@@ -34,7 +34,7 @@ def run_rl(run: Run) -> None:
     one_shape = bool(config.rollout_lag)  # responses kept in the state
     what = "rl.batch_size / group_size"
     rollouts = Rollouts(run, "rl", count, config.group_size, config.sampling, what, one_shape)
-    reference = run.trained_params("sft", model)
+    reference = run.start_params()
     reward_model = load_reward_model(run) if config.rewards.reward_model else None
     text_rewards, gold, demonstrations = load_rewards(run), load_gold(run), _demonstrations(run)
 

@@ -14,19 +14,21 @@ import grain.python as grain
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.config import Config, flatten
+from rlaif_jax.config import Config, flatten, nested, parse
 from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, read_parquet
+from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import make_mesh
-from rlaif_jax.stages.folders import cell_stages
+from rlaif_jax.stages.folders import cell_stages, name_in_round
 from rlaif_jax.training.checkpoints import restore_params
 from rlaif_jax.training.reward_models import side_by_side
 
@@ -42,10 +44,16 @@ class Run:
     placement: Placement
     shared: Mapping[str, epath.Path] = dataclasses.field(default_factory=dict)  # stages kept elsewhere than in workdir
     worker: Worker = ALONE  # of several processes that label together
+    round: int = 1  # of config.rounds
+
+    def in_round(self, number: int) -> "Run":
+        """The same run as the stages of a round see it."""
+        return dataclasses.replace(self, round=number)
 
     def folder(self, stage: str) -> epath.Path:
-        """Where a stage keeps its files."""
-        return self.shared.get(stage, self.workdir / stage)
+        """Where a stage of this round keeps its files."""
+        name = name_in_round(stage, self.round)
+        return self.shared.get(name, self.workdir / name)
 
     def record(self, stage: str) -> epath.Path:
         """The file that says under which config a stage was begun, and whether it is done."""
@@ -53,12 +61,13 @@ class Run:
 
     def key(self, stage: str, step: int = 0) -> jax.Array:
         """The random key of a step of a stage: a function of seed, stage and step, never of what ran before."""
-        numbers = np.array([self.config.seed, zlib.crc32(stage.encode()) & 0x7FFFFFFF, step], np.uint32)
+        name = name_in_round(stage, self.round)
+        numbers = np.array([self.config.seed, zlib.crc32(name.encode()) & 0x7FFFFFFF, step], np.uint32)
         return _key(jax.device_put(numbers, self.placement.whole))
 
     def order_seed(self, stage: str) -> int:
         """The seed of the order in which a stage reads its data; each stage has its own."""
-        return zlib.crc32(f"{stage} {self.config.seed}".encode())
+        return zlib.crc32(f"{name_in_round(stage, self.round)} {self.config.seed}".encode())
 
     def data(self, name: str) -> dict[str, list]:
         """A set that the SFT stage has prepared (`data.prepare.COLUMNS`), as columns."""
@@ -91,6 +100,15 @@ class Run:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The policy's tokenizer, which the SFT stage has saved."""
         return tokenizers.from_folder(self.folder("sft") / "tokenizer")
+
+    def start(self) -> tuple["Run", str]:
+        """Where this round's policy begins, which is also what it is held near: a run's round and a stage of it."""
+        return (self, "sft") if self.round == 1 else (self.in_round(self.round - 1), self.config.policy_stage)
+
+    def start_params(self):
+        """The parameters that this round's policy begins with: those of SFT, or of the round before."""
+        run, stage = self.start()
+        return run.trained_params(stage, self.language_model())
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0):
         """The parameters at the end of a stage, never those before. Raises UserError where they are not there.
@@ -133,7 +151,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         judges["rl.gold.judge"] = ("rl.gold.judge_weights", config.rl.gold.judge_weights, config.judge.max_length)
     for name, (field, weights, max_length) in judges.items():
         with blame(field):
-            shape = gguf.model_config(gguf.open_gguf(weights))
+            shape = policy if weights == POLICY else gguf.model_config(gguf.open_gguf(weights))
         if shape.max_position_embeddings < max_length:
             longest = "judge" if name == "rl.gold.judge" else name
             raise UserError(
@@ -145,6 +163,21 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
     return run
+
+
+def reopen_run(workdir: epath.Path, mesh: Mesh) -> Run:
+    """The run, or the cell of a sweep, that has been made in a folder, for another one to read from; on its mesh.
+
+    Raises UserError where there is none, or one of another version.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{file} is missing: {workdir} is no folder of rlaif_jax.main")
+    try:
+        config = parse(nested(read_json(file)["config"]))
+    except UserError as error:
+        raise UserError(f"{file} is of another version: {error}") from error
+    return Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
 
 
 def with_seed(config: Config, workdir: epath.Path | None) -> Config:
