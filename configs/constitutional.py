@@ -49,6 +49,8 @@ def _hh(smoke: bool) -> config_dict.ConfigDict:
     constitutional(config)
     config.label.audit_pairs = 0
     config.constitution.file = "assistant"
+    config.judge.prompt.template = "constitution"
+    config.label.principles = "draw"
     config.critique.update(template="dialogue", shots=3)
     if smoke:
         config.critique.update(prompts=8, rounds=1, max_new_tokens=64, max_failure_rate=0.9)

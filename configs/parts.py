@@ -120,13 +120,15 @@ def rating_prompt(template: str) -> config_dict.ConfigDict:
 
 
 def no_gold(template: str) -> config_dict.ConfigDict:
-    """No gold reward: give `judge` or `verifier` a weight to log one beside the reward that RL follows."""
+    """No gold reward: give `judge`, `verifier` or `reward_model` a weight to log one beside what RL follows."""
     return group(
         judge=0.0,
         judge_weights="",  # those of `judge`
         judge_prompt=rating_prompt(template),
         verifier=0.0,
         verifier_function="ground_truth",
+        reward_model=0.0,
+        reward_model_run="",
     )
 
 
@@ -195,6 +197,8 @@ def red_team_corpus(config: config_dict.ConfigDict) -> None:
     config.policy.max_response_length = 48
     config.data.red_team_prompts.kind = "embedded"
     config.constitution.file = "everyday_requests"
+    config.judge.prompt.template = "everyday_principles"
+    config.label.principles = "draw"
 
 
 def sl_cai() -> config_dict.ConfigDict:

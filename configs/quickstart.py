@@ -167,6 +167,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         source="ai",
         pairs=192,
         audit_pairs=0,  # there are no human comparisons
+        principles="none",  # "draw", "ensemble": under those of the constitution
         sampling=sampling(temperature=1.0),
         commit_every=64,  # replies written down at a time
     )
@@ -174,6 +175,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         order="both",
         hard=False,  # True: labels of 0 or 1
         calibrate=False,  # True: with the temperature that fits human choices
+        clamp=0.0,  # 0.1: from 0.4 to 0.6
         smoothing=0.0,  # of labels towards 1/2
         noise_rate=0.0,  # share of labels that are turned round
     )

@@ -114,6 +114,9 @@ class LabelConfig:
     source: str  # "ai", "human" (data.comparisons) or "both", as many pairs of each
     pairs: int  # of each source
     audit_pairs: int  # of data.comparisons, judged as well: how far people agree, and what the labels' temperature is
+    principles: (
+        str  # of `constitution`: "none", "draw" (one a pair, by weight) or "ensemble" (all, their mean by weight)
+    )
     sampling: SamplingConfig
     commit_every: int  # replies written down at a time
 
@@ -125,6 +128,7 @@ class PreferencesConfig:
     order: str  # "both" is the mean of both orders; "forward" or "reversed" one of them alone
     hard: bool  # 0 or 1, whichever is nearer
     calibrate: bool  # divide the log-odds of AI labels by the temperature that fits people's choices best
+    clamp: float  # AI labels are held within this much of 1/2, as those after a chain of thought were; 0: they are not
     smoothing: float  # a label p becomes (1 - smoothing) p + smoothing (1 - p); with hard labels conservative DPO
     noise_rate: float  # share of labels that are turned round
 
@@ -180,6 +184,8 @@ class GoldConfig(ScorersConfig):
     """A reward that is logged and not trained on: the gold that the proxy of RewardsConfig stands for."""
 
     judge_weights: str  # a GGUF file, or package:NAME; "" for those of `judge`
+    reward_model: float  # that of another run, a larger one's for example
+    reward_model_run: str  # the folder of that run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,6 +437,18 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` made flat, as nested mappings again."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, field = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[field] = value
+    return tree
 
 
 def _groups(value: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from rlaif_jax.data.sources import KINDS
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.evaluation.panel import RULES as RULES_OF_PANELS
-from rlaif_jax.judge.constitution import load_constitution, tagged
-from rlaif_jax.judge.prompts import METHODS
+from rlaif_jax.judge.constitution import load_constitution, select, tagged
+from rlaif_jax.judge.prompts import METHODS, load_template
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
@@ -77,7 +77,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("best_of_n.samples", "2 or more, to choose from", lambda x: x >= 2),
     ("preference.loss", f"one of {', '.join(PREFERENCE_LOSSES)}", lambda x: x in PREFERENCE_LOSSES),
     ("preference.sampling.temperature", "positive", lambda x: x > 0),
-    ("preferences.smoothing", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
+    ("preferences.smoothing preferences.clamp", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
     ("reward_model.combine", f"one of {', '.join(COMBINATIONS)}", lambda x: x in COMBINATIONS),
     ("reward_model.members", "positive", lambda x: x > 0),
     (
@@ -109,6 +109,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("sampler.slots", "2 or more, the candidates of a pair", lambda x: x >= 2),
     ("sft.teacher.prompt", "a text with {prompt} in it", lambda x: "{prompt}" in x),
     ("label.source", "ai, human or both", lambda x: x in ("ai", "human", "both")),
+    ("label.principles", "none, draw or ensemble", lambda x: x in ("none", "draw", "ensemble")),
     ("preferences.order", "both, forward or reversed", lambda x: x in ("both", "forward", "reversed")),
     ("*.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
     ("panel.combine", f"one of {', '.join(RULES_OF_PANELS)}", lambda x: x in RULES_OF_PANELS),
@@ -283,7 +284,8 @@ def _check_judges(config: Config) -> None:
 
 
 def _check_constitution(config: Config) -> None:
-    constitution = config.constitution
+    """Raises UserError for principles that are not there to be judged under, and for judges that are not asked for."""
+    constitution, how, judges = config.constitution, config.label.principles, config.judges
     if constitution.file:
         with blame("constitution"):
             tagged(load_constitution(constitution.file), constitution.tags)
@@ -291,6 +293,28 @@ def _check_constitution(config: Config) -> None:
         raise UserError("config.constitution.tags needs constitution.file, whose principles have them")
     elif "critique" in config.stages:
         raise UserError("config.stages: critique needs constitution.file, whose principles it revises under")
+    elif how != "none":
+        raise UserError(f"config.label.principles={how} needs constitution.file, which has them")
+    if "critique" in config.stages:
+        select("critique", constitution, ("revision",) if config.critique.revise_only else ("critique", "revision"))
+    if how != "none":
+        select("label", constitution, ("comparison",))
+    if how == "ensemble" and (config.panel.judges or "label" not in config.stages):
+        raise UserError("config.label.principles=ensemble is for the stage label and one judge: set it to draw")
+    for name, judge in judges.items():
+        with blame(f"{name}.prompt.template"):
+            asked = load_template(judge.prompt).by_principle
+        if asked and how == "none":
+            raise UserError(f"config.{name}.prompt.template={judge.prompt.template} asks for a principle: set "
+                            "label.principles to draw, or to ensemble")  # fmt: skip
+        labels = name != "judge" or len(judges) == 1
+        if labels and not asked and how != "none":
+            raise UserError(
+                f"config.label.principles={how}, but the comparison of {name}.prompt.template={judge.prompt.template} "
+                f"with method={judge.prompt.method} has no {{principle}}: take the template constitution"
+            )
+    if config.preferences.hard and config.preferences.clamp:
+        raise UserError("config.preferences.clamp holds labels near 1/2, and hard=True takes them to 0 or 1: unset one")
 
 
 def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
@@ -338,6 +362,11 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
             )
     _check_scorers(config, rewards, "rl.rewards")
     _check_scorers(config, rl.gold, "rl.gold")
+    if bool(rl.gold.reward_model) != bool(rl.gold.reward_model_run):
+        raise UserError(
+            "config.rl.gold.reward_model is the weight and rl.gold.reward_model_run the folder of a finished run: give "
+            "both, or neither"
+        )
     if rewards.format and not rewards.format_pattern:
         raise UserError("config.rl.rewards.format needs rl.rewards.format_pattern, a regular expression")
     longest = config.policy.max_response_length - 1
@@ -362,10 +391,11 @@ def _check_scorers(config: Config, scorers: ScorersConfig, group: str) -> None:
 
 
 def _check_overoptimisation(config: Config) -> None:
-    if not (config.rl.gold.judge or config.rl.gold.verifier):
+    gold = config.rl.gold
+    if not (gold.judge or gold.verifier or gold.reward_model):
         raise UserError(
-            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge or "
-            "rl.gold.verifier a weight"
+            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge, "
+            "rl.gold.verifier or rl.gold.reward_model a weight"
         )
     chosen, samples = config.overoptimisation.numbers, config.overoptimisation.samples
     if len(chosen) < 3 or list(chosen) != sorted(set(chosen)) or chosen[0] < 2 or chosen[-1] > samples:

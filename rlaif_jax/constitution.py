@@ -25,11 +25,11 @@ from rlaif_jax.judge.constitution import (
 )
 
 _USAGE = "usage: python -m rlaif_jax.constitution --file=NAME | --convert=FILE.json[,FILE.json] --out=FILE.yaml"
-_HELP = """  --file=NAME         a name in rlaif_jax/judge/constitutions, or the path of a YAML file: checks it, and prints how
-                      likely each stage draws each principle, and what keeps one from being drawn
-  --convert=FILE,...  JSON files of critique and revision requests (a mapping from names, or a list), or of
-                      comparisons (a list of texts), as the authors of arXiv 2212.08073 published them
-  --out=FILE.yaml     where to write them as one constitution"""
+_HELP = """  --file=NAME      a name in rlaif_jax/judge/constitutions, or the path of a YAML file: checks it, and
+                   prints how likely each stage draws each principle, and what keeps one from being drawn
+  --convert=FILE   a JSON file of critique and revision requests (a mapping from names, or a list), or of comparisons
+                   (a list of texts), as the authors of arXiv 2212.08073 published them; several with commas
+  --out=FILE.yaml  where to write them as one constitution"""
 # What each stage needs of a principle.
 _STAGES = {"critique": ("critique", "revision"), "label": ("comparison",)}
 # The names of a text in published files, and the words around it there, which its place in a prompt gives it anyway.

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from etils import epath
 
-from rlaif_jax.errors import UserError, blame
+from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import text_hash
 
 CONSTITUTIONS = epath.Path(__file__).parent / "constitutions"
@@ -134,7 +134,7 @@ def tagged(constitution: Constitution, tags: Sequence[str]) -> tuple[Principle, 
 
 
 def usable(principles: Sequence[Principle], texts: Sequence[str]) -> tuple[list[Principle], dict[str, list[str]]]:
-    """The principles that are drawn where these texts (names in `TEXTS`) are needed, and the ids of others by reason."""
+    """The principles that can be drawn where these texts (names in `TEXTS`) are needed, and ids of others by reason."""
     found, left_out = [], {}
     for principle in principles:
         missing = [name for name in texts if not getattr(principle, name)]
@@ -146,16 +146,32 @@ def usable(principles: Sequence[Principle], texts: Sequence[str]) -> tuple[list[
     return found, left_out
 
 
+def select(
+    stage: str, config: ConstitutionConfig, texts: Sequence[str]
+) -> tuple[list[Principle], dict[str, list[str]]]:
+    """What `usable` finds among the principles with the config's tags.
+
+    Raises UserError where none can be drawn, and as `load_constitution` and `tagged` do.
+    """
+    found, left_out = usable(tagged(load_constitution(config.file), config.tags), texts)
+    if not found:
+        raise UserError(
+            f"stage {stage} can draw no principle of the constitution {config.file} with config.constitution.tags="
+            f"{','.join(config.tags)} ({_reasons(left_out)}): give one a {' and a '.join(texts)}, and a weight"
+        )
+    return found, left_out
+
+
 def principles_for(stage: str, config: ConstitutionConfig, texts: Sequence[str]) -> list[Principle]:
     """The principles that a stage draws from: those with the texts that it needs, and a weight. It says what is not.
 
-    texts: names in `TEXTS`. Raises UserError where none is left, and as `load_constitution` and `tagged` do.
+    texts: names in `TEXTS`. Raises UserError as `select` does.
     """
-    with blame(f"constitution.file={config.file}, stage {stage}"):
-        found, left_out = usable(tagged(load_constitution(config.file), config.tags), texts)
-        why = "; ".join(f"{reason}: {', '.join(ids)}" for reason, ids in left_out.items())
-        if not found:
-            raise UserError(f"none of its principles can be drawn ({why}): give one a {' and a '.join(texts)}")
-    if why:
-        print(f"{stage}: principles never drawn: {why}", flush=True)
+    found, left_out = select(stage, config, texts)
+    if left_out:
+        print(f"{stage}: principles never drawn: {_reasons(left_out)}", flush=True)
     return found
+
+
+def _reasons(left_out: dict[str, list[str]]) -> str:
+    return "; ".join(f"{reason}: {', '.join(ids)}" for reason, ids in left_out.items())

@@ -21,6 +21,7 @@ from rlaif_jax.stages.label import run_label
 from rlaif_jax.stages.overoptimisation import run_overoptimisation
 from rlaif_jax.stages.preference import run_preference
 from rlaif_jax.stages.reward_model import run_reward_model
+from rlaif_jax.stages.rewards import normalisation_file
 from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.rounds import run_rounds
 from rlaif_jax.stages.run import Run
@@ -48,12 +49,12 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
     "critique": ("sampler", "constitution", "critique"),
     "sl_cai": ("sl_cai",),
-    "label": ("judge", "panel.judges", "panel.combine", "sampler", "label"),
+    "label": ("judge", "panel.judges", "panel.combine", "constitution", "sampler", "label"),
     "reward_model": ("panel", "preferences", "reward_model"),
     "best_of_n": ("sampler", "judge", *_SCORES, "best_of_n"),
-    "preference": ("sampler", "judge", "panel", "preferences", "preference"),
+    "preference": ("sampler", "judge", "panel", "constitution", "label.principles", "preferences", "preference"),
     "rl": ("sampler", "judge", "rl"),
-    "eval": ("judge", "sampler", "evaluation"),
+    "eval": ("judge", "constitution", "sampler", "evaluation"),
     "overoptimisation": ("judge", "sampler", "overoptimisation"),
     "rounds": ("rounds", "judge", "panel", "evaluation"),
 }
@@ -137,6 +138,8 @@ def stage_inputs(run: Run, name: str) -> dict:
     parts = [part for stage in needed for part in _PARTS[stage]]
     if not run.config.panel.judges:
         parts = [part for part in parts if part.split(".")[0] != "panel"]
+    if not run.config.constitution.file:
+        parts = [part for part in parts if part != "constitution"]
     flat = flatten(run.config) | _file_hashes(run)
     wanted = (key for key in flat if any(f"{key}.".startswith(f"{part}.") for part in parts))
     return {key: flat[key] for key in wanted if not key.endswith(_OPERATIONAL)}
@@ -150,6 +153,9 @@ def _file_hashes(run: Run) -> dict[str, str]:
         with blame(f"{name}.weights"):
             if judge.weights != POLICY:
                 hashes[f"{name}.weights_hash"] = gguf.weights_hash(judge.weights)
+    if run.config.constitution.file:
+        with blame("constitution.file"):
+            hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
@@ -157,7 +163,6 @@ def _file_hashes(run: Run) -> dict[str, str]:
         with blame("sft.teacher.weights"):
             hashes["sft.teacher.weights_hash"] = gguf.weights_hash(run.config.sft.teacher.weights)
     if "critique" in run.config.stages:
-        hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
         hashes["critique.template_hash"] = critique_template(run).digest
         if run.config.critique.weights:
             with blame("critique.weights"):
@@ -170,6 +175,8 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if gold.judge and gold.judge_weights:
         with blame("rl.gold.judge_weights"):
             hashes["rl.gold.judge_weights_hash"] = gguf.weights_hash(gold.judge_weights)
+    if gold.reward_model:
+        (hashes["rl.gold.reward_model_hash"],) = file_hashes([normalisation_file(gold.reward_model_run)])
     for role in COLUMNS:
         source = getattr(run.config.data, role)
         if source.kind in ("jsonl", "parquet"):
@@ -186,7 +193,7 @@ def is_done(run: Run, name: str) -> bool:
         return False
     # A label file that was deleted is put together again from the shards that it was made of.
     folder = run.folder(name)
-    shards = [*folder.glob("shards/*"), *folder.glob("panel/*/shards/*")]
+    shards = [path for part in ("", "panel/*/", "principles/") for path in folder.glob(f"{part}shards/*")]
     return not shards or (folder / "preferences.parquet").exists()
 
 

@@ -14,9 +14,10 @@ import grain.python as grain
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.config import Config, flatten
+from rlaif_jax.config import Config, flatten, nested, parse
 from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.errors import UserError, blame
@@ -164,6 +165,21 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
     return run
+
+
+def reopen_run(workdir: epath.Path, mesh: Mesh) -> Run:
+    """The run, or the cell of a sweep, that has been made in a folder, for another one to read from; on its mesh.
+
+    Raises UserError where there is none, or one of another version.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{file} is missing: {workdir} is no folder of rlaif_jax.main")
+    try:
+        config = parse(nested(read_json(file)["config"]))
+    except UserError as error:
+        raise UserError(f"{file} is of another version: {error}") from error
+    return Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
 
 
 def with_seed(config: Config, workdir: epath.Path | None) -> Config:
