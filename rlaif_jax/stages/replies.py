@@ -81,7 +81,7 @@ def keep_rows(
     rows, fresh, shards = _committed(folder), [], len(list(folder.glob("*.parquet")))
     for row, kept in rows.items():
         if about and any(kept[name] != value for name, value in about[row // copies].items()):
-            raise UserError(f"{folder} holds texts that other prompts have led to: delete it")
+            raise UserError(f"{folder} holds texts that other prompts have led to: delete it, and they are made again")
     done = frozenset(i for i in range(len(prompts)) if all(copies * i + copy in rows for copy in range(copies)))
     total, schema = copies * (len(prompts) - len(skipped)), _SCHEMA
     for name in about[0] if about else ():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -167,6 +168,14 @@ def test_a_kill_in_any_step_samples_nothing_again(begun, finished, tmp_path, mon
     asked = sum(1 + (step["revision"] is not None) for row in rows_of(finished) for step in row["rounds"])
     assert len(sampled) == PROMPTS + asked - sum(written)
     assert rows_of(tmp_path / "run") == rows_of(finished)
+
+
+def test_texts_that_other_prompts_have_led_to_are_refused(tmp_path):
+    kept = {"row": [0], "tokens": [[5]], "text": ["kept"], "ended": [True], "hash": ["one"]}
+    replies.write_checked_parquet(epath.Path(tmp_path), "00000", pa.table(kept))
+    arguments = (None, None, [[7]], 1, None, epath.Path(tmp_path), 1)  # nothing is sampled
+    with pytest.raises(UserError, match="other prompts"):
+        replies.keep_rows(*arguments, about=[{"hash": "another"}])
 
 
 @pytest.mark.slow
