@@ -179,6 +179,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         keep_best="",
         members=1,
         combine="mean",
+        by_principle=False,  # True: a member for each principle of the constitution
         uncertainty_coef=0.1,
         margin=0.0,
         centring=0.0,

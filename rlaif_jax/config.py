@@ -112,6 +112,7 @@ class RewardModelConfig:
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     members: int  # trained side by side as one program, each with an order of the data and a head of its own
     combine: str  # "mean", "min" (worst case), "uncertainty" or "weights" (their average), see losses/reward.py
+    by_principle: bool  # each member learns the labels of one principle; the mean is by the principles' weights
     uncertainty_coef: float  # of "uncertainty": what a unit of the members' variance takes away
     margin: float  # by which the better response is to lead where a label is sure
     centring: float  # coefficient of (reward_a + reward_b)^2

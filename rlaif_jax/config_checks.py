@@ -184,6 +184,15 @@ def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:
     if bool(reward_model.flawed_members) != bool(reward_model.flaw_pattern):
         raise UserError("config.reward_model: flaw_pattern and flawed_members are set together, or neither is")
     _check_pattern("reward_model.flaw_pattern", reward_model.flaw_pattern)
+    if reward_model.by_principle:
+        if config.label.principles == "none" or config.label.source == "human":
+            raise UserError("config.reward_model.by_principle=True needs labels by principle: set label.principles to "
+                            "draw or ensemble, and label.source to ai or both")  # fmt: skip
+        if reward_model.combine != "mean" or reward_model.flawed_members:
+            raise UserError("config.reward_model.by_principle=True needs combine=mean and flawed_members=0")
+        count = len(select("reward_model", config.constitution, ("comparison",))[0])
+        _require(flat, "reward_model.members", f"{count} with by_principle, one for each principle", lambda x: (
+            x == count))  # fmt: skip
 
 
 def _check_pattern(name: str, pattern: str) -> None:
