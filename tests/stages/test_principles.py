@@ -10,7 +10,7 @@ import pytest
 import yaml
 from etils import epath
 
-from rlaif_jax import audit
+from rlaif_jax import audit, export
 from rlaif_jax.files import read_json, read_json_lines
 from rlaif_jax.judge import __main__ as judge_command
 from rlaif_jax.judge import store
@@ -75,6 +75,11 @@ def test_each_pair_is_judged_under_the_principle_that_its_row_draws_and_every_la
     assert (manifest["constitution"], manifest["constitution_digest"]) == ("own", constitution.digest)
     assert main(["main", *flags, "--replay=any:4"]) == 0
     assert "Principle: Choose the" in capfd.readouterr().out
+    assert export.main(["export", f"--workdir={workdir}", "--stage=label", f"--out={workdir / 'set'}"]) == 0
+    exported = pq.read_table(workdir / "set" / "data" / "train.parquet").to_pylist()
+    assert all(row["principle"] == drawn[row["row"]].id for row in exported)
+    assert "under one principle a pair (column `principle`) of the constitution own" in (
+        workdir / "set" / "README.md").read_text()  # fmt: skip
     figures = json.loads((workdir / "label" / "audit.json").read_text())
     used = {name: figures[f"principle_use/{name}"]["mean"] for name in ("kind", "honest")}
     assert used == {name: np.mean([row["principle"] == name for row in rows]) for name in used}
