@@ -75,6 +75,39 @@ class SFTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CritiqueConfig:
+    """Replies of the SFT policy to red-team prompts, criticised and revised under principles of the constitution."""
+
+    prompts: int  # the first of data.red_team_prompts, in an order that is the run's
+    sampling: SamplingConfig  # of the first replies
+    rounds: int  # of critique and revision, each under a principle of its own
+    revise_only: bool  # revisions without critiques
+    weights: str  # who criticises and revises: a GGUF file, or package:NAME; "" for the SFT policy itself
+    template: str  # a name in rlaif_jax/judge/critiques, or the path of a YAML file
+    shots: int  # its worked examples before each prompt
+    revision_sampling: SamplingConfig  # of critiques and revisions
+    max_new_tokens: int  # of one of them; what reaches that has failed
+    dtype: str  # of the computation, with weights
+    sampler: SamplerConfig  # of critiques and revisions
+    commit_every: int  # texts written down at a time
+    max_failure_rate: float  # a larger share of failed revisions in a round stops the stage
+
+
+@dataclasses.dataclass(frozen=True)
+class SLCAIConfig:
+    """Supervised fine-tuning of the SFT policy on revisions, mixed with helpful demonstrations."""
+
+    helpful_share: float  # of the examples: demonstrations to prompts that are not red-team prompts
+    steps: int
+    batch_size: int  # rows, as in sft
+    micro_batches: int  # as in sft
+    max_skipped_updates: int  # as in sft
+    checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class LabelConfig:
     """Candidate pairs sampled from the SFT policy, for the judge to label; or comparisons that people made."""
 
@@ -302,6 +335,8 @@ class Config:
     panel: PanelConfig
     constitution: ConstitutionConfig
     sft: SFTConfig
+    critique: CritiqueConfig
+    sl_cai: SLCAIConfig
     label: LabelConfig
     preferences: PreferencesConfig
     reward_model: RewardModelConfig

@@ -24,10 +24,10 @@ from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import RULES
 from rlaif_jax.training.optimizer import SCHEDULES
 
-STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
+STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
 # Whose results a stage reads, besides what depends on other fields.
 _NEEDS = {"label": "sft", "reward_model": "label", "best_of_n": "sft", "preference": "sft", "rl": "sft", "eval": "sft"}
-_NEEDS |= {"overoptimisation": "rl"}
+_NEEDS |= {"overoptimisation": "rl", "critique": "sft", "sl_cai": "critique"}
 
 
 def _in_order(names: tuple[str, ...]) -> bool:
@@ -40,7 +40,8 @@ _CACHE_DTYPES = (*_DTYPES, "int8")
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
     (
-        "label.pairs *.teacher.demonstrations rl.sampling.temperature *.bootstrap_samples *.slots *.refill *.chunk",
+        "label.pairs *.teacher.demonstrations critique.prompts critique.rounds rl.sampling.temperature "
+        "*.bootstrap_samples *.slots *.refill *.chunk",
         "positive",
         lambda x: x > 0,
     ),
@@ -59,7 +60,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
         "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots "
-        "overoptimisation.prompts",
+        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation",
         "0 or more",
         lambda x: x >= 0,
     ),
@@ -99,7 +100,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
-    ("*.max_unscored_rate", "from 0 to below 1", lambda x: 0 <= x < 1),
+    ("*.max_unscored_rate sl_cai.helpful_share", "from 0 to below 1", lambda x: 0 <= x < 1),
     ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
     ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
     ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
@@ -133,7 +134,7 @@ def check(config: Config, devices: int) -> None:
         _require(flat, patterns, what, holds)
     devices_message = f"a positive multiple of the {devices} devices of the batch"
     _require(flat, _BATCHES, devices_message, lambda x: x > 0 and x % devices == 0)
-    for name in ("sft", "reward_model", "best_of_n", "preference"):
+    for name in ("sft", "sl_cai", "reward_model", "best_of_n", "preference"):
         parts = getattr(config, name).micro_batches * devices
         _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (
             x % parts == 0))  # fmt: skip  # noqa: B023
@@ -151,9 +152,15 @@ def check(config: Config, devices: int) -> None:
     _require(flat, "sft.row_length", f"at least max_prompt_length + max_response_length of the policy, {longest}", (
         lambda x: x >= longest))  # fmt: skip
     needed_sets = ["demonstrations", "train_prompts", "evaluation_prompts"]
+    needed_sets += ["red_team_prompts"] if "critique" in config.stages else []
     needed_sets += ["comparisons"] if config.label.source != "ai" or config.label.audit_pairs else []
     for name in needed_sets:
         _require(flat, f"data.{name}.kind", "set", bool)
+    embedded = config.data.embedded
+    if embedded.complying_share + embedded.evasive_share > 1:
+        raise UserError("config.data.embedded: complying_share and evasive_share are together more than 1")
+    if embedded.red_team_evaluation and not embedded.red_team:
+        raise UserError("config.data.embedded.red_team_evaluation needs red-team prompts: set red_team as well")
     if config.preferences.calibrate and not config.label.audit_pairs:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
     if "reward_model" in config.stages:
@@ -293,8 +300,12 @@ def _check_constitution(config: Config) -> None:
             tagged(load_constitution(constitution.file), constitution.tags)
     elif constitution.tags:
         raise UserError("config.constitution.tags needs constitution.file, whose principles have them")
+    elif "critique" in config.stages:
+        raise UserError("config.stages: critique needs constitution.file, whose principles it revises under")
     elif how != "none":
         raise UserError(f"config.label.principles={how} needs constitution.file, which has them")
+    if "critique" in config.stages:
+        select("critique", constitution, ("revision",) if config.critique.revise_only else ("critique", "revision"))
     if how != "none":
         select("label", constitution, ("comparison",))
     if how == "ensemble" and (config.panel.judges or "label" not in config.stages):

@@ -218,7 +218,7 @@ class _File:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    fields = _load_yaml(path)
+    fields = load_yaml(path)
     if not isinstance(fields, dict):
         raise UserError(f"judge template {path} must be a mapping of fields")
     known = [field.name for field in dataclasses.fields(_File)]
@@ -227,7 +227,8 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return fields
 
 
-def _load_yaml(path: epath.Path) -> Any:
+def load_yaml(path: epath.Path) -> Any:
+    """What a YAML file of prompts holds. Raises UserError where it is no YAML."""
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -301,7 +302,7 @@ def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: M
         path = epath.Path(config.exemplars)
         if not path.exists():
             raise UserError(f"judge.prompt.exemplars={path} does not exist")
-        examples = _load_yaml(path)
+        examples = load_yaml(path)
     if not isinstance(examples, list) or len(examples) < config.shots:
         count = len(examples) if isinstance(examples, list) else "no list of"
         raise UserError(f"judge.prompt.shots={config.shots}, but {path} has {count} examples")

@@ -14,6 +14,7 @@ from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.best_of_n import run_best_of_n
+from rlaif_jax.stages.critique import critique_template, run_critique
 from rlaif_jax.stages.evaluate import run_evaluation
 from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.label import run_label
@@ -25,10 +26,13 @@ from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.rounds import run_rounds
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.sft import run_sft
+from rlaif_jax.stages.sl_cai import run_sl_cai
 from rlaif_jax.stages.verifier import find_verifier
 
 STAGES: dict[str, Callable[[Run], bool | None]] = {
     "sft": run_sft,
+    "critique": run_critique,
+    "sl_cai": run_sl_cai,
     "label": run_label,
     "reward_model": run_reward_model,
     "best_of_n": run_best_of_n,
@@ -43,6 +47,8 @@ _SCORES = ("rl.rewards", "rl.penalise_missing_eos", "rl.missing_eos_reward")  # 
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
 _PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
+    "critique": ("sampler", "constitution", "critique"),
+    "sl_cai": ("sl_cai",),
     "label": ("judge", "panel.judges", "panel.combine", "constitution", "sampler", "label"),
     "reward_model": ("panel", "preferences", "reward_model"),
     "best_of_n": ("sampler", "judge", *_SCORES, "best_of_n"),
@@ -72,6 +78,7 @@ _OPERATIONAL = (
 )
 # The files that bind a stage to the config that it was begun with.
 _KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "teacher/*.parquet", "replies_*/*.parquet")
+_KEPT += ("critique_*/*.parquet", "revision_*/*.parquet")
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -155,6 +162,11 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if run.config.sft.teacher.weights:
         with blame("sft.teacher.weights"):
             hashes["sft.teacher.weights_hash"] = gguf.weights_hash(run.config.sft.teacher.weights)
+    if "critique" in run.config.stages:
+        hashes["critique.template_hash"] = critique_template(run).digest
+        if run.config.critique.weights:
+            with blame("critique.weights"):
+                hashes["critique.weights_hash"] = gguf.weights_hash(run.config.critique.weights)
     gold = run.config.rl.gold
     for group, scorers in (("rl.rewards", run.config.rl.rewards), ("rl.gold", gold)):
         if scorers.judge:

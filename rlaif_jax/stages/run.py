@@ -103,10 +103,12 @@ class Run:
 
     def start(self) -> tuple["Run", str]:
         """Where this round's policy begins, which is also what it is held near: a run's round and a stage of it."""
-        return (self, "sft") if self.round == 1 else (self.in_round(self.round - 1), self.config.policy_stage)
+        if self.round > 1:
+            return self.in_round(self.round - 1), self.config.policy_stage
+        return self, "sl_cai" if "sl_cai" in self.config.stages else "sft"
 
     def start_params(self):
-        """The parameters that this round's policy begins with: those of SFT, or of the round before."""
+        """The parameters that this round's policy begins with: those of SL-CAI or SFT, or of the round before."""
         run, stage = self.start()
         return run.trained_params(stage, self.language_model())
 
