@@ -294,6 +294,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     )
     config.evaluation = group(
         sampling=sampling(temperature=1.0),
+        harmless_prompt=rating_prompt(""),  # no template: neither is rated
+        helpful_prompt=rating_prompt(""),
+        rated_revisions=64,  # of a critique stage
         commit_every=64,
         batch_size=64,
         bootstrap_samples=2000,

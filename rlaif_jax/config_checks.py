@@ -60,7 +60,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
         "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots "
-        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation",
+        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation evaluation.rated_revisions",
         "0 or more",
         lambda x: x >= 0,
     ),
@@ -146,6 +146,7 @@ def check(config: Config, devices: int) -> None:
     _check_rl(config, flat, devices)
     _check_judges(config)
     _check_constitution(config)
+    _check_evaluation(config)
     if "overoptimisation" in config.stages:
         _check_overoptimisation(config)
     longest = config.policy.max_prompt_length + config.policy.max_response_length
@@ -397,6 +398,15 @@ def _check_scorers(config: Config, scorers: ScorersConfig, group: str) -> None:
             f"config.{group}.verifier_function=ground_truth: only embedded data has a ground truth; name a "
             "module:function of yours"
         )
+
+
+def _check_evaluation(config: Config) -> None:
+    for name in ("harmless_prompt", "helpful_prompt"):
+        prompt = getattr(config.evaluation, name)
+        if prompt.template and (prompt.method != "rating" or prompt.chain_of_thought):
+            raise UserError(
+                f"config.evaluation.{name} needs method=rating without chain_of_thought: each reply is rated by itself"
+            )
 
 
 def _check_overoptimisation(config: Config) -> None:
