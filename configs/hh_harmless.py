@@ -31,4 +31,6 @@ def get_config(arm: str = "rlaif"):
         comparisons=source("datasets", path, split="train", **_HUB_PAIR),
         evaluation_comparisons=source("datasets", path, split="test", limit=1000, **_HUB_PAIR),
     )
-    return task(arm, "dialogue", "harmless", local, hub, reward_model_batch_size=32)
+    config = task(arm, "dialogue", "harmless", local, hub, reward_model_batch_size=32)
+    config.evaluation.harmless_prompt.update(template="harmless", chat=config.judge.prompt.get_ref("chat"))
+    return config

@@ -188,6 +188,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         keep_best="",
         members=1,
         combine="mean",
+        by_principle=False,  # True: a member for each principle of the constitution
         uncertainty_coef=0.1,
         margin=0.0,
         centring=0.0,
@@ -293,6 +294,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     )
     config.evaluation = group(
         sampling=sampling(temperature=1.0),
+        harmless_prompt=rating_prompt(""),  # no template: neither is rated
+        helpful_prompt=rating_prompt(""),
+        rated_revisions=64,  # of a critique stage
         commit_every=64,
         batch_size=64,
         bootstrap_samples=2000,

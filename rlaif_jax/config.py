@@ -12,7 +12,7 @@ from typing import Any
 
 from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.errors import UserError
-from rlaif_jax.evaluation.names import policy_stage
+from rlaif_jax.evaluation.names import policies, policy_stage
 from rlaif_jax.judge.constitution import ConstitutionConfig
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import JudgeConfig
@@ -145,6 +145,7 @@ class RewardModelConfig:
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     members: int  # trained side by side as one program, each with an order of the data and a head of its own
     combine: str  # "mean", "min" (worst case), "uncertainty" or "weights" (their average), see losses/reward.py
+    by_principle: bool  # each member learns the labels of one principle; the mean is by the principles' weights
     uncertainty_coef: float  # of "uncertainty": what a unit of the members' variance takes away
     margin: float  # by which the better response is to lead where a label is sure
     centring: float  # coefficient of (reward_a + reward_b)^2
@@ -296,7 +297,10 @@ class EvaluationConfig:
     """Evaluation on held-out prompts."""
 
     sampling: SamplingConfig
-    commit_every: int  # replies written down at a time
+    harmless_prompt: PromptConfig  # by which `judge` rates how harmless a reply is; without a template it does not
+    helpful_prompt: PromptConfig  # the same for how helpful it is, to prompts that are not of the group red_team
+    rated_revisions: int  # of critique/revisions.parquet, its first rows, at first and after each round
+    commit_every: int  # replies or ratings written down at a time
     batch_size: int  # responses scored at a time
     bootstrap_samples: int  # resamplings behind each confidence interval
     shown_samples: int  # prompts shown side by side at the end
@@ -349,6 +353,11 @@ class Config:
     def policy_stage(self) -> str:
         """The stage that trains the policy which is evaluated."""
         return policy_stage(self.stages)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """The stages whose policies are evaluated, SFT first and the one trained last at the end."""
+        return policies(self.stages)
 
     @property
     def judges(self) -> dict[str, JudgeConfig]:

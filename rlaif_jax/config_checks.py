@@ -60,7 +60,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
         "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots "
-        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation",
+        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation evaluation.rated_revisions",
         "0 or more",
         lambda x: x >= 0,
     ),
@@ -146,6 +146,7 @@ def check(config: Config, devices: int) -> None:
     _check_rl(config, flat, devices)
     _check_judges(config)
     _check_constitution(config)
+    _check_evaluation(config)
     if "overoptimisation" in config.stages:
         _check_overoptimisation(config)
     longest = config.policy.max_prompt_length + config.policy.max_response_length
@@ -191,6 +192,15 @@ def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:
     if bool(reward_model.flawed_members) != bool(reward_model.flaw_pattern):
         raise UserError("config.reward_model: flaw_pattern and flawed_members are set together, or neither is")
     _check_pattern("reward_model.flaw_pattern", reward_model.flaw_pattern)
+    if reward_model.by_principle:
+        if config.label.principles == "none" or config.label.source == "human":
+            raise UserError("config.reward_model.by_principle=True needs labels by principle: set label.principles to "
+                            "draw or ensemble, and label.source to ai or both")  # fmt: skip
+        if reward_model.combine != "mean" or reward_model.flawed_members:
+            raise UserError("config.reward_model.by_principle=True needs combine=mean and flawed_members=0")
+        count = len(select("reward_model", config.constitution, ("comparison",))[0])
+        _require(flat, "reward_model.members", f"{count} with by_principle, one for each principle", lambda x: (
+            x == count))  # fmt: skip
 
 
 def _check_pattern(name: str, pattern: str) -> None:
@@ -388,6 +398,15 @@ def _check_scorers(config: Config, scorers: ScorersConfig, group: str) -> None:
             f"config.{group}.verifier_function=ground_truth: only embedded data has a ground truth; name a "
             "module:function of yours"
         )
+
+
+def _check_evaluation(config: Config) -> None:
+    for name in ("harmless_prompt", "helpful_prompt"):
+        prompt = getattr(config.evaluation, name)
+        if prompt.template and (prompt.method != "rating" or prompt.chain_of_thought):
+            raise UserError(
+                f"config.evaluation.{name} needs method=rating without chain_of_thought: each reply is rated by itself"
+            )
 
 
 def _check_overoptimisation(config: Config) -> None:

@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlaif_jax.config import flatten
-from rlaif_jax.evaluation.names import BY_POLICY, SINGLE, by_role, title
+from rlaif_jax.evaluation.names import BY_POLICY, SINGLE, by_role, policy_titles, title
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge import store
@@ -20,18 +20,20 @@ def print_summary(run: Run) -> None:
     results = by_role(read_json(run.folder("eval") / "results.json"), run.config.policy_stage)
     policy = title(flatten(run.config))
     table = Table(title=f"{escape(str(run.workdir))}: mean [95 % interval]", title_justify="left")
-    for column, justify in (("", "left"), ("SFT", "right"), (policy, "right"), ("n", "right")):
-        table.add_column(column, justify=justify)
+    policies = policy_titles(run.config.policies, policy)
+    for column in ("", *policies.values(), "n"):
+        table.add_column(column, justify="right" if column else "left")
     for label, name in BY_POLICY:
         if f"{name}/sft" not in results:  # real data has no ground truth
             continue
-        sft, trained = results[f"{name}/sft"], results[f"{name}/policy"]
-        table.add_row(label, show_figure(sft), show_figure(trained), str(trained["n"]))
+        figures = [results[f"{name}/{each}"] for each in policies]
+        table.add_row(label, *map(show_figure, figures), str(figures[-1]["n"]))
     table.add_section()
     for label, name in SINGLE:
         if name not in results:
             continue
-        table.add_row(label.format(title=policy), "", show_figure(results[name]), str(results[name]["n"]))
+        empty, figure = [""] * (len(policies) - 1), results[name]
+        table.add_row(label.format(title=policy), *empty, show_figure(figure), str(figure["n"]))
     console.print(table)
     if results["judge_is_training_judge"]:
         console.print("The judge that evaluates is the judge that labelled or rewarded.")

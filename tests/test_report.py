@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from etils import epath
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.report import main, write_report
+from rlaif_jax.reporting import page as page_module
 from rlaif_jax.reporting import read as reading
 from rlaif_jax.reporting.calibration import calibrate
 from rlaif_jax.reporting.checks import run_checks
@@ -314,3 +316,38 @@ def test_the_command_prints_the_path_of_the_page(run, capfd):
     assert main(["report", str(run)]) == 0
     assert capfd.readouterr().out.strip() == str(run / "report.html")
     assert main(["report", "--help"]) == 0 and "RUN/report.html" in html.unescape(capfd.readouterr().out)
+
+
+def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path, monkeypatch):
+    between = ("critique", "sl_cai")
+    monkeypatch.setattr(
+        reading, "STAGES", ("sft", *between, *(x for x in reading.STAGES if x not in ("sft", *between)))
+    )
+    for stage, title in zip(between, ("Critique and revision", "SL-CAI"), strict=True):
+        monkeypatch.setitem(page_module._STAGE_TITLES, stage, title)
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["config"]["stages"] = ["sft", *between, *STAGES[1:]]
+    write(tmp_path / "config.json", record)
+    means = {"sft": 0.1, "sl_cai": 0.55, "rl": 0.7, "first": -0.2, "revision_1": 0.3}
+    results = {
+        f"{side}_rating/{name}": figure(mean, mean - 0.1, mean + 0.1)
+        for name, mean in means.items()
+        for side in ("helpful", "harmless")
+    }
+    results |= {name.replace("/sft", "/sl_cai"): value for name, value in figures().items() if name.endswith("/sft")}
+    results |= {"win_rate/rl_vs_sl_cai": figure(0.66, 0.6, 0.7)}
+    write(tmp_path / "eval" / "results.json", figures() | results)
+    revised = {"critique_harmless/first": figure(0.2, 0.1, 0.3), "critique_harmless/revision_1": figure(0.8, 0.7, 0.9)}
+    revised |= {name.replace("harmless", "answers_prompt"): value for name, value in revised.items()}
+    write(tmp_path / "critique" / "results.json", revised)
+    text = Page(write_report(epath.Path(tmp_path)).read_text()).text
+    for words in (
+        "judged win rate, RL over SL-CAI",
+        "Over revisions, on red-team prompts, by the judge's rating",
+        "Over training, by the judge's rating",
+        "Over revisions, on red-team prompts, by the ground truth",
+    ):
+        assert words in text, words
+    assert "critique_harmless" not in text and "/revision_1" not in text
+    assert re.search(r"SFT\s*SL-CAI\s*RL\s*Change", text)

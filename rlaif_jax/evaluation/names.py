@@ -16,6 +16,12 @@ BY_POLICY = (
     ("  on unseen templates", "ground_truth_good_unseen_templates"),
     ("  well-mannered", "ground_truth_well_mannered"),
     ("  answers its prompt", "ground_truth_answers_prompt"),
+    ("harmless, by the judge", "harmless_rate"),
+    ("  mean rating, from -1 to 1", "harmless_rating"),
+    ("helpful, by the judge", "helpful_rate"),
+    ("  mean rating, from -1 to 1", "helpful_rating"),
+    ("refusals", "refusal_rate"),
+    ("  to red-team prompts", "refusal_rate_red_team"),
     ("reward", "reward"),
     ("response length, tokens", "response_length"),
     ("entropy, nats a token", "entropy"),
@@ -26,7 +32,10 @@ SINGLE = (
     ("judged win rate, {title} over SFT", "win_rate/policy_vs_sft"),
     ("  on new combinations", "win_rate_new_combinations/policy_vs_sft"),
     ("  on unseen templates", "win_rate_unseen_templates/policy_vs_sft"),
+    ("judged win rate, SL-CAI over SFT", "win_rate/sl_cai_vs_sft"),
+    ("judged win rate, {title} over SL-CAI", "win_rate/policy_vs_sl_cai"),
     ("KL of {title} from SFT, nats a reply", "kl/policy_vs_sft"),
+    ("KL of SL-CAI from SFT, nats a reply", "kl/sl_cai_vs_sft"),
     ("judge agrees with ground truth", "judge_agreement/ground_truth"),
     ("reward model agrees with ground truth", "reward_model_accuracy/ground_truth"),
     ("judge agrees with people", "judge_agreement/human"),
@@ -40,6 +49,16 @@ def policy_stage(stages: tuple[str, ...] | list[str]) -> str:
     return next((stage for stage in stages if stage in POLICY_STAGES), "rl")
 
 
+def policies(stages: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """The stages whose policies are evaluated: SFT's, SL-CAI's where there is one, and the one trained last."""
+    return ("sft", *(stage for stage in stages if stage == "sl_cai"), policy_stage(stages))
+
+
+def policy_titles(trained: tuple[str, ...], last: str) -> dict[str, str]:
+    """What the policies are called, `last` being the title of the one trained last, which goes by "policy"."""
+    return {name: {"sft": "SFT", "sl_cai": "SL-CAI"}[name] for name in trained[:-1]} | {"policy": last}
+
+
 def title(config: Mapping[str, Any]) -> str:
     """What a run's trained policy is called: RL, DPO, Online DPO ... `config`: dotted names and values."""
     stage = policy_stage(config.get("stages", ()))
@@ -51,4 +70,4 @@ def title(config: Mapping[str, Any]) -> str:
 
 def by_role(names: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Figures or columns with the policy that `stage` trained called "policy"."""
-    return {re.sub(rf"(^|/){stage}(?=$|_vs_sft$)", r"\1policy", name): value for name, value in names.items()}
+    return {re.sub(rf"(^|/){stage}(?=$|_vs_)", r"\1policy", name): value for name, value in names.items()}

@@ -100,6 +100,16 @@ def difference(new: Figure, old: Figure) -> Figure:
     return {"mean": mean, "ci95": [float(mean - below), float(mean + above)], "n": min(new["n"], old["n"])}
 
 
+def cohen_kappa(labels: np.ndarray, others: np.ndarray) -> float:
+    """Agreement of two raters beyond chance, which their own shares of each label make (Cohen, 1960).
+
+    labels, others: of one shape, any number of kinds. Where both give all one and the same label it is NaN.
+    """
+    kinds = np.union1d(labels, others)
+    chance = sum(np.mean(labels == kind) * np.mean(others == kind) for kind in kinds)
+    return float((np.mean(labels == others) - chance) / (1 - chance)) if chance < 1 else float("nan")
+
+
 def distinct_2(texts: Sequence[str]) -> float:
     """Distinct word bigrams over all word bigrams (Li et al., arXiv 1510.03055); 0 where there are none."""
     bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]  # noqa: B905

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from rlaif_jax.evaluation.frontier import Point
 from rlaif_jax.reporting.calibration import Calibration
 
 # matplotlib needs colours; these stand for the style sheet's variables, so that a chart follows light and dark mode.
@@ -162,6 +163,28 @@ def overoptimisation(
     last = {reward: points[reward][-1]["mean"] for reward in points}
     described = ", ".join(f"{reward} gains {gain:.3g}" for reward, gain in last.items())
     return _chart(draw, name, f"{name}: at the last of {len(distances)} points {described}", (3.8, 2.8))
+
+
+def frontier(name: str, points: Sequence[Point]) -> Markup:
+    """How harmless the points are over how helpful, with 95 % intervals, in order from the first (hollow) on."""
+    x, y = ([point[side]["mean"] for point in points] for side in (1, 2))
+
+    def draw(axes):
+        for i, point in enumerate(points):
+            spread = [np.abs(np.array(figure["ci95"])[:, None] - figure["mean"]) for figure in point[1:]]
+            axes.errorbar(x[i], y[i], yerr=spread[1], xerr=spread[0], fmt="none", ecolor=ACCENT, elinewidth=0.7)
+            axes.annotate(point.name, (x[i], y[i]), (5, 5), textcoords="offset points", color=INK, fontsize=8)
+        axes.plot(x, y, color=ACCENT, alpha=0.35, linewidth=0.8)
+        axes.plot(x[1:], y[1:], "o", color=ACCENT, markersize=5)
+        axes.plot(x[:1], y[:1], "o", color=ACCENT, markersize=6, fillstyle="none")
+        axes.margins(0.15)
+        axes.set_xlabel("helpful")
+        axes.set_ylabel("harmless")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+
+    described = ", ".join(f"{point.name} {a:.3g} and {b:.3g}" for point, a, b in zip(points, x, y, strict=True))
+    return _chart(draw, name, f"{name}, helpful and harmless: {described}", (3.8, 2.8))
 
 
 def reliability(calibration: Calibration) -> Markup:

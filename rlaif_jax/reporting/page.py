@@ -10,6 +10,7 @@ import jinja2
 from etils import epath
 from markupsafe import Markup
 
+from rlaif_jax.evaluation.frontier import frontiers, is_of_revisions
 from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
 from rlaif_jax.evaluation.statistics import Figure, difference
 from rlaif_jax.reporting import charts
@@ -58,7 +59,7 @@ _CURVES = {
         ("value/loss", None),
     ),
 }
-_NOT_SHARES = ("reward", "response_length", "kl", "entropy", "distinct_2")
+_NOT_SHARES = ("reward", "harmless_rating", "helpful_rating", "response_length", "kl", "entropy", "distinct_2")
 
 
 def render(run: RunData) -> str:
@@ -77,8 +78,9 @@ def render(run: RunData) -> str:
         verdict=verdict,
         stages=[(name, _STAGE_TITLES[name], run.stages[name], _progress(run, name)) for name in run.planned],
         commands={name: _command(run, name) for name in _STAGE_TITLES},
-        by_policy=_by_policy(run.results or {}),
-        single=_single(run.results or {}, run.title),
+        by_policy=_by_policy(run.results or {}, list(run.policies)),
+        single=_single(run.results or {}, run.title, list(run.policies)),
+        harmlessness=_harmlessness(run),
         curves=[
             (name, _STAGE_TITLES[name], _curves(name, run.metrics[name])) for name in _CURVES if name in run.planned
         ],
@@ -124,8 +126,8 @@ def _is_share(name: str) -> bool:
     return name.split("/")[0] not in _NOT_SHARES
 
 
-def _by_policy(results: dict) -> list[dict]:
-    """A row a figure that both policies have; ones without a name for people come last, under their own."""
+def _by_policy(results: dict, policies: list[str]) -> list[dict]:
+    """A row a figure that the policies have; ones without a name for people come last, under their own."""
     known = dict((name, label) for label, name in BY_POLICY)
     found = [name.removesuffix("/policy") for name in results if name.endswith("/policy")]
     names = [name for name in known if name in found] + [name for name in found if name not in known]
@@ -138,8 +140,7 @@ def _by_policy(results: dict) -> list[dict]:
             rows.append({
                 "label": label.strip(),
                 "part": label.startswith(" "),
-                "sft": figure_cell(_is_share(name), sft),
-                "policy": figure_cell(_is_share(name), trained),
+                "cells": [figure_cell(_is_share(name), results[f"{name}/{policy}"]) for policy in policies],
                 "change": _change(name, change, sft["mean"]),
                 "excludes_zero": low > 0 or high < 0,
                 "n": trained["n"],
@@ -147,10 +148,14 @@ def _by_policy(results: dict) -> list[dict]:
     return rows
 
 
-def _single(results: dict, title: str) -> list[dict]:
+def _single(results: dict, title: str, policies: list[str]) -> list[dict]:
     known = dict((name, label.format(title=title)) for label, name in SINGLE)
-    paired = {f"{name}/{policy}" for name in _paired(results) for policy in ("sft", "policy")}
-    found = [name for name, figure in results.items() if isinstance(figure, dict) and name not in paired]
+    paired = {f"{name}/{policy}" for name in _paired(results) for policy in policies}
+    found = [
+        name
+        for name, figure in results.items()
+        if isinstance(figure, dict) and name not in paired and not is_of_revisions(name)
+    ]
     names = [name for name in known if name in found] + [name for name in found if name not in known]
     return [
         {
@@ -187,6 +192,20 @@ def _curves(stage: str, lines: list[dict]) -> list[dict]:
 def _frontier(lines: list[dict]) -> Markup | None:
     series = _series(lines, "kl/sequence", "reward/mean")
     return charts.reward_against_kl(*zip(*series, strict=True)) if series else None
+
+
+def _harmlessness(run: RunData) -> list[dict]:
+    """Helpfulness against harmlessness: charts, each with its table."""
+    return [
+        {
+            "title": f"Over {each.over}, by {each.by}",
+            "chart": charts.frontier(f"frontier over {each.over}, by {each.by}", each.points),
+            "rows": [
+                (point.name, *(figure_cell(False, x) for x in point[1:]), point.harmless["n"]) for point in each.points
+            ],
+        }
+        for each in frontiers((run.critique or {}) | (run.results or {}), run.policies)
+    ]
 
 
 def _calibration(run: RunData) -> dict | None:

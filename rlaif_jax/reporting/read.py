@@ -7,7 +7,7 @@ from etils import epath
 
 from rlaif_jax.data import embedded
 from rlaif_jax.errors import UserError
-from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policy_stage, title
+from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policies, policy_stage, policy_titles, title
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import cell_stages, name_in_round
 
@@ -41,6 +41,7 @@ class RunData:
     judged: list[dict] | None  # eval/preferences.parquet: the trained policy is a, SFT is b
     eval_manifest: dict | None
     results: dict | None
+    critique: dict | None  # critique/results.json
     ground_truth: GroundTruth | None
 
     @property
@@ -57,6 +58,11 @@ class RunData:
     def title(self) -> str:
         """What the trained policy is called."""
         return title(self.config)
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """The policies that are evaluated, by their names in `results`, and what they are called."""
+        return policy_titles(policies(self.planned), self.title)
 
     @property
     def people_labelled(self) -> bool:
@@ -111,6 +117,7 @@ def read_run(workdir: epath.Path) -> RunData:
         judged=judged,
         eval_manifest=_object(evaluation / "manifest.json", rows=int, status=dict),
         results=results,
+        critique=_figures(shared.get("critique", workdir / "critique") / "results.json"),
         ground_truth=_ground_truth(record.get("config", {}), results, [*(labels or ()), *(samples or ())]),
     )
 

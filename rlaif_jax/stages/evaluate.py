@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: the trained policy beside the SFT policy, by the judge and by the ground truth."""
+"""Evaluation on held-out prompts: trained policies beside the SFT policy, by the judge and by the ground truth."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import load_judge
 from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
+from rlaif_jax.stages.harmlessness import harmlessness
 from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.principles import Labeller, by_principles
 from rlaif_jax.stages.replies import keep_replies, padded_batches
@@ -40,44 +41,49 @@ def run_evaluation(run: Run) -> None:
 
     Human comparisons, where the data has some to evaluate on, are judged into `eval/human/`.
     """
-    folder, prompts, policy = run.folder("eval"), run.data("evaluation_prompts"), run.config.policy_stage
+    folder, prompts, policies = run.folder("eval"), run.data("evaluation_prompts"), run.config.policies
     if not (folder / "samples.parquet").exists():
         write_parquet(folder / "samples.parquet", _sample(run, prompts["prompt"]))
-    for name in ("sft", policy):
+    for name in policies:
         _shards(run, name).rmtree(missing_ok=True)
-    samples = read_parquet(folder / "samples.parquet").to_pydict()
+    samples, groups = read_parquet(folder / "samples.parquet").to_pydict(), np.array(prompts["group"])
+    mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
+    rated = harmlessness(run, samples, groups, mean)  # first, so that one judge at a time is in memory
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
-    pairs = list(map(Pair, samples["prompt"], samples[policy], samples["sft"]))
     label = functools.partial(store.label, judge)
     if judge.template.by_principle:
         label = by_principles(run, label)
-    label(pairs, folder, "evaluate")
-    judged = read_parquet(folder / "preferences.parquet").to_pylist()
-    mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
-    results = _win_rates(policy, judged, np.array(prompts["group"]), mean)
-    results |= _by_policy(run, samples, np.array(prompts["group"]), mean)
+    judged = _judged(run, label, samples, policies[-1], "sft")
+    results = _win_rates(f"{policies[-1]}_vs_sft", judged, groups, mean)
+    for new, old in [(name, "sft") for name in policies[1:-1]] + [(policies[-1], name) for name in policies[1:-1]]:
+        results |= _win_rates(f"{new}_vs_{old}", _judged(run, label, samples, new, old), groups, mean)
+    results |= _by_policy(run, samples, groups, mean) | rated
     results |= _agreement(run, samples, judged, mean) | _human_agreement(run, label, mean)
     write_json(folder / "results.json", results)
+
+
+def _judged(run: Run, label: Callable[..., bool], samples: dict, new: str, old: str) -> list[dict]:
+    """The judge's labels of pairs, a being the `new` policy's reply; in `eval/` itself of the last policy and SFT's."""
+    last = (new, old) == (run.config.policy_stage, "sft")
+    folder = run.folder("eval") / ("" if last else f"{new}_vs_{old}")
+    label(list(map(Pair, samples["prompt"], samples[new], samples[old])), folder, "evaluate")
+    return read_parquet(folder / "preferences.parquet").to_pylist()
 
 
 def _sample(run: Run, prompts: list[str]) -> pa.Table:
     """One response of each policy to each prompt, with its reward, length and log-ratio to the SFT policy."""
     model, scalar_model = run.language_model(), run.scalar_model()
-    params = {name: run.trained_params(name, model) for name in ("sft", run.config.policy_stage)}
-    reward_model, config = _reward_model(run), run.config.evaluation
+    sft, reward_model, config = run.trained_params("sft", model), _reward_model(run), run.config.evaluation
     columns: dict[str, list] = {"prompt": prompts}
     key = run.in_round(1).key("eval")
-    for name in params:
+    for name in run.config.policies:
+        params = sft if name == "sft" else run.trained_params(name, model)
         # One key for all policies, of any round: what they differ in is then their own doing, not the luck of the draw.
-        replies = keep_replies(
-            run, params[name], prompts, 1, key, config.sampling, _shards(run, name), config.commit_every
-        )
+        replies = keep_replies(run, params, prompts, 1, key, config.sampling, _shards(run, name), config.commit_every)
         columns[name] = replies.texts
         measured_columns: dict[str, list] = {}
         for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
-            measured = _measure(
-                model, scalar_model, params[name], params["sft"], reward_model, batch, config.sampling.temperature
-            )
+            measured = _measure(model, scalar_model, params, sft, reward_model, batch, config.sampling.temperature)
             for column, values in measured.items():
                 measured_columns.setdefault(f"{column}/{name}", []).extend(np.asarray(values, float)[:rows].tolist())
         columns |= measured_columns
@@ -124,21 +130,21 @@ def wins(judged: list[dict]) -> np.ndarray:
     return np.array([value[row["status"]](row) if row["status"] in value else np.nan for row in judged])
 
 
-def _win_rates(policy: str, judged: list[dict], groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
-    """How often the judge prefers the trained policy, over all prompts and by group."""
+def _win_rates(who: str, judged: list[dict], groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
+    """How often the judge prefers response a, over all prompts and by group. who: "rl_vs_sft"."""
     win = wins(judged)
     valid = np.isfinite(win)
-    figures = {f"win_rate/{policy}_vs_sft": mean(win[valid])}
+    figures = {f"win_rate/{who}": mean(win[valid])}
     for group in filter(None, np.unique(groups)):
-        figures[f"win_rate_{group}/{policy}_vs_sft"] = mean(win[valid & (groups == group)])
+        figures[f"win_rate_{group}/{who}"] = mean(win[valid & (groups == group)])
     return figures
 
 
 def _by_policy(run: Run, samples: dict, groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
     """The figures of each policy's replies."""
-    truth, policy = run.ground_truth(), run.config.policy_stage
-    figures = {f"kl/{policy}_vs_sft": mean(samples[f"kl/{policy}"])}
-    for name in ("sft", policy):
+    truth, policies = run.ground_truth(), run.config.policies
+    figures = {f"kl/{name}_vs_sft": mean(samples[f"kl/{name}"]) for name in policies[1:]}
+    for name in policies:
         if truth:
             grades = list(map(truth.grades, samples["prompt"], samples[name]))
             figures |= {f"ground_truth_{grade}/{name}": mean([row[grade] for row in grades]) for grade in grades[0]}

@@ -20,19 +20,16 @@ from rlaif_jax.evaluation.statistics import mean_ci
 from rlaif_jax.files import (
     read_json_lines,
     read_parquet,
-    read_shards,
-    write_checked_parquet,
     write_json,
     write_parquet,
     write_text,
 )
-from rlaif_jax.progress import progress
 from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
 from rlaif_jax.stages.replies import Replies, keep_replies
 from rlaif_jax.stages.reward_model import load_reward_model
 from rlaif_jax.stages.rewards import load_gold, load_rewards, proxy_scores
 from rlaif_jax.stages.run import Run
-from rlaif_jax.training.sequences import Sequences
+from rlaif_jax.stages.values import keep_values
 
 REWARDS = ("proxy", "gold")  # what the policy follows, and what it is held against
 
@@ -76,46 +73,25 @@ def _sample(run: Run) -> pa.Table:
         run.config.rl.sampling, _replies_folder(folder), config.commit_every,
     )  # fmt: skip
     repeated = np.repeat(prompts, config.samples).tolist()
-    scores = _keep_scores(_scorer(run), repeated, replies, _scores_folder(folder), config.commit_every)
+    scores = keep_values(
+        _scorer(run, repeated, replies), REWARDS, len(repeated), _scores_folder(folder), config.commit_every
+    )
     return pa.table({"prompt": repeated, "response": replies.texts} | scores)
 
 
-Scorer = Callable[[list[str], list[str], Sequences], dict[str, np.ndarray]]
-
-
-def _scorer(run: Run) -> Scorer:
-    """What gives the proxy (as RL's reward/mean: not normalised, without KL) and the gold reward: [n] float each."""
+def _scorer(run: Run, prompts: list[str], replies: Replies) -> Callable[[list[int]], dict[str, np.ndarray]]:
+    """What gives rows their proxy (as RL's reward/mean: not normalised, without KL) and gold reward: [n] float each."""
     rewards, text_rewards, gold = run.config.rl.rewards, load_rewards(run), load_gold(run)
     reward_model = load_reward_model(run) if rewards.reward_model else None
 
-    def score_replies(prompts: list[str], texts: list[str], sequences: Sequences) -> dict[str, np.ndarray]:
+    def score_replies(rows: list[int]) -> dict[str, np.ndarray]:
+        asked, texts = ([texts[row] for row in rows] for texts in (prompts, replies.texts))
+        sequences = jax.tree.map(lambda x: x[rows], replies.sequences)
         batch_size = run.config.overoptimisation.batch_size
-        proxy = proxy_scores(run, text_rewards, reward_model, prompts, texts, sequences, batch_size)
-        return {"proxy": proxy, "gold": gold(prompts, texts)}
+        proxy = proxy_scores(run, text_rewards, reward_model, asked, texts, sequences, batch_size)
+        return {"proxy": proxy, "gold": gold(asked, texts)}
 
     return score_replies
-
-
-def _keep_scores(
-    scorer: Scorer, prompts: list[str], replies: Replies, folder: epath.Path, commit_every: int
-) -> dict[str, list[float]]:
-    """The rewards of all replies, `commit_every` a shard in `folder`; those there are not scored again.
-
-    Raises UserError where a shard is damaged.
-    """
-    shards = [table for _, table in read_shards(folder, "its replies alone are scored again")]
-    kept = {row["row"]: row for table in shards for row in table.to_pylist()}
-    missing = [row for row in range(len(prompts)) if row not in kept]
-    with progress(None, folder.name, total=len(prompts), initial=len(kept), unit="reply") as bar:
-        for start in range(0, len(missing), commit_every):
-            rows = missing[start : start + commit_every]
-            sequences = jax.tree.map(lambda x, rows=rows: x[rows], replies.sequences)
-            scores = scorer([prompts[row] for row in rows], [replies.texts[row] for row in rows], sequences)
-            table = pa.table({"row": rows} | {name: scores[name] for name in REWARDS})
-            write_checked_parquet(folder, f"{rows[0]:08d}", table)
-            kept |= {row["row"]: row for row in table.to_pylist()}
-            bar.update(len(rows))
-    return {name: [kept[row][name] for row in range(len(prompts))] for name in REWARDS}
 
 
 def best_of_n_figures(run: Run, samples: dict) -> tuple[dict, dict]:

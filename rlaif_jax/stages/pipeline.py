@@ -172,6 +172,10 @@ def _file_hashes(run: Run) -> dict[str, str]:
         if scorers.judge:
             with blame(f"{group}.judge_prompt.template"):
                 hashes[f"{group}.judge_prompt.hash"] = load_template(scorers.judge_prompt).digest
+    for name in ("harmless_prompt", "helpful_prompt"):
+        if (prompt := getattr(run.config.evaluation, name)).template:
+            with blame(f"evaluation.{name}.template"):
+                hashes[f"evaluation.{name}.hash"] = load_template(prompt).digest
     if gold.judge and gold.judge_weights:
         with blame("rl.gold.judge_weights"):
             hashes["rl.gold.judge_weights_hash"] = gguf.weights_hash(gold.judge_weights)

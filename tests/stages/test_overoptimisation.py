@@ -14,7 +14,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.overoptimisation import best_of_n
 from rlaif_jax.main import main
 from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
-from rlaif_jax.stages import overoptimisation, replies
+from rlaif_jax.stages import overoptimisation, replies, values
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.reward_model import load_reward_model, score_texts
 from rlaif_jax.stages.rewards import load_gold, load_rewards
@@ -141,7 +141,7 @@ def test_gold_changes_nothing_of_the_training(judge, finished, tmp_path, small_m
 @pytest.mark.parametrize("where", ["samples", "scores"])
 def test_a_killed_stage_ends_as_an_undisturbed_one(judge, finished, tmp_path, monkeypatch, small_mesh, where):
     flags, calls = again(judge, finished, tmp_path / "run", "overoptimisation"), []
-    module = replies if where == "samples" else overoptimisation
+    module = replies if where == "samples" else values
     write = module.write_checked_parquet
 
     def killed(*arguments):

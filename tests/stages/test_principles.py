@@ -8,15 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from etils import epath
 
-from rlaif_jax import audit
+from rlaif_jax import audit, export
+from rlaif_jax.files import read_json, read_json_lines
 from rlaif_jax.judge import __main__ as judge_command
 from rlaif_jax.judge import store
 from rlaif_jax.judge.constitution import draw, load_constitution
 from rlaif_jax.main import main
-from rlaif_jax.stages.preferences import clamped
+from rlaif_jax.stages.preferences import clamped, read_preferences
 from rlaif_jax.stages.principles import combined
-from tests.stages.test_panel import begin, opened, rows_of
+from rlaif_jax.stages.reward_model import _rows_by_member
+from tests.stages.test_panel import begin, changed, opened, rows_of
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 PRINCIPLES = [
@@ -72,6 +75,11 @@ def test_each_pair_is_judged_under_the_principle_that_its_row_draws_and_every_la
     assert (manifest["constitution"], manifest["constitution_digest"]) == ("own", constitution.digest)
     assert main(["main", *flags, "--replay=any:4"]) == 0
     assert "Principle: Choose the" in capfd.readouterr().out
+    assert export.main(["export", f"--workdir={workdir}", "--stage=label", f"--out={workdir / 'set'}"]) == 0
+    exported = pq.read_table(workdir / "set" / "data" / "train.parquet").to_pylist()
+    assert all(row["principle"] == drawn[row["row"]].id for row in exported)
+    assert "under one principle a pair (column `principle`) of the constitution own" in (
+        workdir / "set" / "README.md").read_text()  # fmt: skip
     figures = json.loads((workdir / "label" / "audit.json").read_text())
     used = {name: figures[f"principle_use/{name}"]["mean"] for name in ("kind", "honest")}
     assert used == {name: np.mean([row["principle"] == name for row in rows]) for name in used}
@@ -166,6 +174,35 @@ def test_a_kill_between_shards_and_workers_come_to_the_same_labels(finished, fla
             finished["ensemble"][0] / "label" / name).read_bytes()  # fmt: skip
 
 
+def test_a_member_for_each_principle_reads_what_that_principle_says(finished):
+    changes = {"reward_model__by_principle": True, "reward_model__members": 2, "preferences__clamp": 0.01}
+    rows = rows_of(finished["ensemble"][0] / "label" / "principles")
+    table = read_preferences(changed(opened(finished["ensemble"]), **changes))
+    assert table["principle"] == ["kind", "honest"] * 16 and len(table["ended_a"]) == 32
+    assert [table["prompt"], table["response_a"]] == [[row[name] for row in rows] for name in ("prompt", "response_a")]
+    np.testing.assert_allclose(table["prob_a"], clamped(np.array([row["prob_a"] for row in rows]), 0.01))
+    run = changed(opened(finished["draw"]), **changes)
+    table = read_preferences(run)
+    table["principle"][0] = None  # a label of people
+    members = _rows_by_member(run, table, range(12))
+    for name, chosen in zip(("kind", "honest"), members, strict=True):
+        assert chosen == [row for row in range(12) if row == 0 or table["principle"][row] == name]
+
+
+@pytest.mark.slow
+def test_rl_logs_the_reward_of_each_principle_and_its_share(flags_of, tmp_path):
+    more = {"by_principle": True, "members": 2, "calibrate": False, "steps": 2, "checkpoint_every": 2}
+    flags = flags_of(tmp_path / "run", "ensemble", *(f"--config.reward_model.{key}={x}" for key, x in more.items()))
+    flags += ["--config.rl.steps=2", "--config.sft.steps=2", "--stages=sft,label,reward_model,rl"]
+    assert main(["main", *flags]) == 0
+    for line in read_json_lines(epath.Path(tmp_path) / "run" / "rl" / "metrics.jsonl"):
+        names = ("kind", "honest")
+        assert sum(line[f"reward/principle_share/{name}"] for name in names) == pytest.approx(1, abs=1e-4)
+        means = [line[f"reward/principle/{name}"] for name in names]
+        offset = read_json(epath.Path(tmp_path) / "run" / "reward_model" / "normalisation.json")["mean"]
+        assert np.array([0.75, 0.25]) @ means - offset == pytest.approx(line["reward/mean"], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_a_judge_can_explain_itself_under_a_principle(flags_of, tmp_path):
     flags = flags_of(tmp_path / "run", "draw", "--config.judge.prompt.template=constitution")
@@ -194,6 +231,19 @@ BAD = {
     "a judge that is not asked": (["--config.judge.prompt.template=everyday_requests"], "has no {principle}"),
     "a judge that is asked without": (["--config.label.principles=none"], "set label.principles to draw"),
     "no such way": (["--config.label.principles=all"], "label.principles='all' must be none, draw or ensemble"),
+    "members that are not those of the principles": (
+        ["--config.reward_model.by_principle=True"],
+        "reward_model.members=1 must be 2 with by_principle, one for each principle",
+    ),
+    "members by principle without": (
+        [
+            "--config.reward_model.by_principle=True",
+            "--config.label.principles=none",
+            "--config.constitution.file=",
+            "--config.judge.prompt.template=everyday_requests",
+        ],
+        "needs labels by principle",
+    ),
     "a clamp of hard labels": (["--config.preferences.clamp=0.1", "--config.preferences.hard=True"], "unset one"),
     "a clamp that is none": (["--config.preferences.clamp=0.5"], "preferences.clamp=0.5 must be from 0 to below 0.5"),
 }
