@@ -30,7 +30,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     if "smoke" in words:
         return quickstart.get_config("constitutional,smoke")
     config = smollm2.get_config("constitutional")
-    config.critique.update(prompts=512, weights="", dtype="bfloat16", commit_every=128)  # the policy revises itself
+    config.critique.update(prompts=512, dtype="bfloat16", commit_every=128)
     config.critique.sampler.update(slots=128, refill=32)
     config.sl_cai.optimizer.learning_rate = config.sft.optimizer.learning_rate
     return config
