@@ -51,6 +51,8 @@ def _hh(smoke: bool) -> config_dict.ConfigDict:
     config.constitution.file = "assistant"
     config.judge.prompt.template = "constitution"
     config.label.principles = "draw"
+    for what in ("harmless", "helpful"):
+        config.evaluation[f"{what}_prompt"].update(template=what, chat=config.judge.prompt.get_ref("chat"))
     config.critique.update(template="dialogue", shots=3)
     if smoke:
         config.critique.update(prompts=8, rounds=1, max_new_tokens=64, max_failure_rate=0.9)
