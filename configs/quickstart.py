@@ -12,13 +12,16 @@ learns from the labels, no reward model); online_dpo (from pairs of the live pol
 tuned on the best of n of its own replies); ensemble (PPO on the worst case of four reward models); panel (three prompts
 label, and their mean is learned: three times the labelling); overoptimisation (no KL penalty and a long RL, held
 against the ground truth, as is best of n: docs/overoptimisation.md); rounds (three times from labels to evaluation,
-each time from the policy of the time before: docs/preferences.md); smoke (the same judge on a fraction of the data, to
-see that everything runs).
+each time from the policy of the time before: docs/preferences.md); constitutional (red-team requests as well, to which
+SmolLM2 criticises and revises the policy's replies, SFT on the revisions, then labels and RL from there:
+docs/constitution_sl.md); smoke (the same judge on a fraction of the data, to see that everything runs).
 """
 
 from ml_collections import config_dict
 
 from configs.parts import (
+    constitutional,
+    critique,
     direct_rlaif,
     embedded_corpus,
     group,
@@ -29,8 +32,10 @@ from configs.parts import (
     panel,
     preference_losses,
     rating_prompt,
+    red_team_corpus,
     rl_losses,
     sampling,
+    sl_cai,
     source,
     teacher,
 )
@@ -52,6 +57,7 @@ ARMS = (
     "panel",
     "overoptimisation",
     "rounds",
+    "constitutional",
 )
 
 
@@ -73,6 +79,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         layout="request",
         demonstrations=source(kind="embedded"),
         train_prompts=source(kind="embedded"),
+        red_team_prompts=source(),
         evaluation_prompts=source(kind="embedded"),
         comparisons=source(),
         evaluation_comparisons=source(),
@@ -138,6 +145,10 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         ),
     )
     config.panel = no_panel()
+    config.constitution = group(
+        file="",  # a name in rlaif_jax/judge/constitutions, or the path of a YAML file
+        tags=(),  # of the principles that are used; all of them
+    )
     config.sft = group(
         teacher=teacher(),
         steps=300,
@@ -150,10 +161,13 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         keep_best="",  # "min loss" also keeps the checkpoint whose last step had the lowest
         optimizer=optimizer(learning_rate=5e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
     )
+    config.critique = critique()
+    config.sl_cai = sl_cai()
     config.label = group(
         source="ai",
         pairs=192,
         audit_pairs=0,  # there are no human comparisons
+        principles="none",  # "draw", "ensemble": under those of the constitution
         sampling=sampling(temperature=1.0),
         commit_every=64,  # replies written down at a time
     )
@@ -161,6 +175,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         order="both",
         hard=False,  # True: labels of 0 or 1
         calibrate=False,  # True: with the temperature that fits human choices
+        clamp=0.0,  # 0.1: from 0.4 to 0.6
         smoothing=0.0,  # of labels towards 1/2
         noise_rate=0.0,  # share of labels that are turned round
     )
@@ -173,6 +188,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         keep_best="",
         members=1,
         combine="mean",
+        by_principle=False,  # True: a member for each principle of the constitution
         uncertainty_coef=0.1,
         margin=0.0,
         centring=0.0,
@@ -296,6 +312,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         corpus.evaluation_combinations, corpus.evaluation_unseen_templates = 12, 4
         config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 48, 8, 4
         config.reward_model.validation_pairs = 16
+        config.critique.prompts, config.critique.rounds, config.sl_cai.steps = 16, 1, 8
     for algorithm in ("ppo", "reinforce", "rloo", "grpo"):
         if algorithm in words:
             rl_losses(config, algorithm)
@@ -315,6 +332,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.reward_model.update(members=4, combine="min")
     if "panel" in words:
         panel(config, six_examples={}, four_examples=dict(shots=4), rating=dict(method="rating", shots=0))
+    if "constitutional" in words:
+        constitutional(config)
+        red_team_corpus(config)
     if "rounds" in words:
         config.rounds = 3
     if "overoptimisation" in words:

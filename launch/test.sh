@@ -9,4 +9,5 @@ for argument in "$@"; do
 done
 bash launch/install.sh "${requirements[@]}"
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest "$@"
+# Two processes, a file of tests each: most tests compile, which takes one core. -n0 for one, as --pdb needs.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -13,9 +13,11 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.audit import audit
 from rlaif_jax.evaluation.budget import label_next
 from rlaif_jax.evaluation.panel import RULES, panel_audit
+from rlaif_jax.evaluation.principles import principle_audit
 from rlaif_jax.files import write_json, write_text
 from rlaif_jax.reporting.audit_page import render_audit
 from rlaif_jax.stages.folders import stage_folder
+from rlaif_jax.stages.principles import principle_columns
 from rlaif_jax.summary import print_audit
 
 _USAGE = "usage: python -m rlaif_jax.audit --workdir=RUN | --labels=FILE [--by=COLUMN,...] [--out=DIR] [--next=N]"
@@ -49,9 +51,11 @@ def _main(argv: list[str]) -> int:
     columns = _read(file, options.by)
     folder = epath.Path(options.out) if options.out else file.parent
     figures = audit(columns, options.resamples, 0, options.by) | panel_audit(columns, options.resamples, 0)
+    by_principle = principle_columns(file, columns)
+    figures |= principle_audit(by_principle, options.resamples, 0)
     print_audit(str(file), figures)
     pages = [folder / f"{file.stem}.audit.html", folder / f"{file.stem}.audit.json"]
-    write_text(pages[0], render_audit(str(file), columns, figures))
+    write_text(pages[0], render_audit(str(file), columns, figures, by_principle))
     write_json(pages[1], figures)
     if options.next:
         pages.append(folder / "next.jsonl")
@@ -100,6 +104,8 @@ def _check(file: epath.Path, columns: dict[str, list]) -> None:
         for name in ("prompt", "response_a", "response_b"):
             if not isinstance(columns[name][row], str):
                 raise UserError(f"{file}, row {row}: {name} must be a text")
+        if "principle" in columns and not isinstance(columns["principle"][row], str | None):
+            raise UserError(f"{file}, row {row}: principle must be a text, or null for none")
         for name in _NUMBERS & {*columns}:
             value, needed = columns[name][row], name == "prob_a" and status == "ok"
             if (value is None and needed) or (value is not None and not _is_share(value)):

@@ -48,7 +48,9 @@ def _config(run: epath.Path) -> dict:
 
 def _seconds(run: epath.Path) -> dict[str, str]:
     """What the steps of each training stage took together, by the clock."""
-    files = {stage: stage_folder(run, stage) / "timing.jsonl" for stage in ("sft", "reward_model", *POLICY_STAGES)}
+    files = {
+        stage: stage_folder(run, stage) / "timing.jsonl" for stage in ("sft", "sl_cai", "reward_model", *POLICY_STAGES)
+    }
     return {
         f"seconds/{stage}": f"{sum(line['time'] for line in read_json_lines(file)):.0f}"
         for stage, file in files.items()

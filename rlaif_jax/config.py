@@ -13,6 +13,7 @@ from typing import Any
 from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import policies, policy_stage
+from rlaif_jax.judge.constitution import ConstitutionConfig
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import JudgeConfig
 from rlaif_jax.models.transformer import ModelConfig
@@ -74,12 +75,48 @@ class SFTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CritiqueConfig:
+    """Replies of the SFT policy to red-team prompts, criticised and revised under principles of the constitution."""
+
+    prompts: int  # the first of data.red_team_prompts, in an order that is the run's
+    sampling: SamplingConfig  # of the first replies
+    rounds: int  # of critique and revision, each under a principle of its own
+    revise_only: bool  # revisions without critiques
+    weights: str  # who criticises and revises: a GGUF file, or package:NAME; "" for the SFT policy itself
+    template: str  # a name in rlaif_jax/judge/critiques, or the path of a YAML file
+    shots: int  # its worked examples before each prompt
+    revision_sampling: SamplingConfig  # of critiques and revisions
+    max_new_tokens: int  # of one of them; what reaches that has failed
+    dtype: str  # of the computation, with weights
+    sampler: SamplerConfig  # of critiques and revisions
+    commit_every: int  # texts written down at a time
+    max_failure_rate: float  # a larger share of failed revisions in a round stops the stage
+
+
+@dataclasses.dataclass(frozen=True)
+class SLCAIConfig:
+    """Supervised fine-tuning of the SFT policy on revisions, mixed with helpful demonstrations."""
+
+    helpful_share: float  # of the examples: demonstrations to prompts that are not red-team prompts
+    steps: int
+    batch_size: int  # rows, as in sft
+    micro_batches: int  # as in sft
+    max_skipped_updates: int  # as in sft
+    checkpoint_every: int  # steps
+    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class LabelConfig:
     """Candidate pairs sampled from the SFT policy, for the judge to label; or comparisons that people made."""
 
     source: str  # "ai", "human" (data.comparisons) or "both", as many pairs of each
     pairs: int  # of each source
     audit_pairs: int  # of data.comparisons, judged as well: how far people agree, and what the labels' temperature is
+    principles: (
+        str  # of `constitution`: "none", "draw" (one a pair, by weight) or "ensemble" (all, their mean by weight)
+    )
     sampling: SamplingConfig
     commit_every: int  # replies written down at a time
 
@@ -91,6 +128,7 @@ class PreferencesConfig:
     order: str  # "both" is the mean of both orders; "forward" or "reversed" one of them alone
     hard: bool  # 0 or 1, whichever is nearer
     calibrate: bool  # divide the log-odds of AI labels by the temperature that fits people's choices best
+    clamp: float  # AI labels are held within this much of 1/2, as those after a chain of thought were; 0: they are not
     smoothing: float  # a label p becomes (1 - smoothing) p + smoothing (1 - p); with hard labels conservative DPO
     noise_rate: float  # share of labels that are turned round
 
@@ -107,6 +145,7 @@ class RewardModelConfig:
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     members: int  # trained side by side as one program, each with an order of the data and a head of its own
     combine: str  # "mean", "min" (worst case), "uncertainty" or "weights" (their average), see losses/reward.py
+    by_principle: bool  # each member learns the labels of one principle; the mean is by the principles' weights
     uncertainty_coef: float  # of "uncertainty": what a unit of the members' variance takes away
     margin: float  # by which the better response is to lead where a label is sure
     centring: float  # coefficient of (reward_a + reward_b)^2
@@ -146,6 +185,8 @@ class GoldConfig(ScorersConfig):
     """A reward that is logged and not trained on: the gold that the proxy of RewardsConfig stands for."""
 
     judge_weights: str  # a GGUF file, or package:NAME; "" for those of `judge`
+    reward_model: float  # that of another run, a larger one's for example
+    reward_model_run: str  # the folder of that run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +336,10 @@ class Config:
     sampler: SamplerConfig
     judge: JudgeConfig
     panel: PanelConfig
+    constitution: ConstitutionConfig
     sft: SFTConfig
+    critique: CritiqueConfig
+    sl_cai: SLCAIConfig
     label: LabelConfig
     preferences: PreferencesConfig
     reward_model: RewardModelConfig
@@ -402,6 +446,18 @@ def flatten(config: Any, path: str = "") -> dict[str, Any]:
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` made flat, as nested mappings again."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, field = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[field] = value
+    return tree
 
 
 def _groups(value: Any) -> dict[str, Any]:

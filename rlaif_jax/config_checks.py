@@ -9,10 +9,11 @@ from typing import Any
 from rlaif_jax.config import Config, ScorersConfig, flatten
 from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.sources import KINDS
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.names import POLICY_STAGES
 from rlaif_jax.evaluation.panel import RULES as RULES_OF_PANELS
-from rlaif_jax.judge.prompts import METHODS
+from rlaif_jax.judge.constitution import load_constitution, select, tagged
+from rlaif_jax.judge.prompts import METHODS, load_template
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.losses.kl import why_wrong
 from rlaif_jax.losses.policy import AGGREGATIONS
@@ -23,10 +24,10 @@ from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import RULES
 from rlaif_jax.training.optimizer import SCHEDULES
 
-STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
+STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
 # Whose results a stage reads, besides what depends on other fields.
 _NEEDS = {"label": "sft", "reward_model": "label", "best_of_n": "sft", "preference": "sft", "rl": "sft", "eval": "sft"}
-_NEEDS |= {"overoptimisation": "rl"}
+_NEEDS |= {"overoptimisation": "rl", "critique": "sft", "sl_cai": "critique"}
 
 
 def _in_order(names: tuple[str, ...]) -> bool:
@@ -39,7 +40,8 @@ _CACHE_DTYPES = (*_DTYPES, "int8")
 _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.steps *.checkpoint_every *.max_grad_norm *.samples_every *.epochs *.minibatches", "positive", lambda x: x > 0),
     (
-        "label.pairs *.teacher.demonstrations rl.sampling.temperature *.bootstrap_samples *.slots *.refill *.chunk",
+        "label.pairs *.teacher.demonstrations critique.prompts critique.rounds rl.sampling.temperature "
+        "*.bootstrap_samples *.slots *.refill *.chunk",
         "positive",
         lambda x: x > 0,
     ),
@@ -58,7 +60,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
         "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots "
-        "overoptimisation.prompts evaluation.rated_revisions",
+        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation evaluation.rated_revisions",
         "0 or more",
         lambda x: x >= 0,
     ),
@@ -75,7 +77,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("best_of_n.samples", "2 or more, to choose from", lambda x: x >= 2),
     ("preference.loss", f"one of {', '.join(PREFERENCE_LOSSES)}", lambda x: x in PREFERENCE_LOSSES),
     ("preference.sampling.temperature", "positive", lambda x: x > 0),
-    ("preferences.smoothing", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
+    ("preferences.smoothing preferences.clamp", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
     ("reward_model.combine", f"one of {', '.join(COMBINATIONS)}", lambda x: x in COMBINATIONS),
     ("reward_model.members", "positive", lambda x: x > 0),
     (
@@ -98,7 +100,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
     ),
-    ("*.max_unscored_rate", "from 0 to below 1", lambda x: 0 <= x < 1),
+    ("*.max_unscored_rate sl_cai.helpful_share", "from 0 to below 1", lambda x: 0 <= x < 1),
     ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
     ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
     ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
@@ -107,6 +109,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("sampler.slots", "2 or more, the candidates of a pair", lambda x: x >= 2),
     ("sft.teacher.prompt", "a text with {prompt} in it", lambda x: "{prompt}" in x),
     ("label.source", "ai, human or both", lambda x: x in ("ai", "human", "both")),
+    ("label.principles", "none, draw or ensemble", lambda x: x in ("none", "draw", "ensemble")),
     ("preferences.order", "both, forward or reversed", lambda x: x in ("both", "forward", "reversed")),
     ("*.method", f"one of {', '.join(METHODS)}", lambda x: x in METHODS),
     ("panel.combine", f"one of {', '.join(RULES_OF_PANELS)}", lambda x: x in RULES_OF_PANELS),
@@ -131,7 +134,7 @@ def check(config: Config, devices: int) -> None:
         _require(flat, patterns, what, holds)
     devices_message = f"a positive multiple of the {devices} devices of the batch"
     _require(flat, _BATCHES, devices_message, lambda x: x > 0 and x % devices == 0)
-    for name in ("sft", "reward_model", "best_of_n", "preference"):
+    for name in ("sft", "sl_cai", "reward_model", "best_of_n", "preference"):
         parts = getattr(config, name).micro_batches * devices
         _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (
             x % parts == 0))  # fmt: skip  # noqa: B023
@@ -142,6 +145,7 @@ def check(config: Config, devices: int) -> None:
     _check_rounds(config)
     _check_rl(config, flat, devices)
     _check_judges(config)
+    _check_constitution(config)
     _check_evaluation(config)
     if "overoptimisation" in config.stages:
         _check_overoptimisation(config)
@@ -149,9 +153,15 @@ def check(config: Config, devices: int) -> None:
     _require(flat, "sft.row_length", f"at least max_prompt_length + max_response_length of the policy, {longest}", (
         lambda x: x >= longest))  # fmt: skip
     needed_sets = ["demonstrations", "train_prompts", "evaluation_prompts"]
+    needed_sets += ["red_team_prompts"] if "critique" in config.stages else []
     needed_sets += ["comparisons"] if config.label.source != "ai" or config.label.audit_pairs else []
     for name in needed_sets:
         _require(flat, f"data.{name}.kind", "set", bool)
+    embedded = config.data.embedded
+    if embedded.complying_share + embedded.evasive_share > 1:
+        raise UserError("config.data.embedded: complying_share and evasive_share are together more than 1")
+    if embedded.red_team_evaluation and not embedded.red_team:
+        raise UserError("config.data.embedded.red_team_evaluation needs red-team prompts: set red_team as well")
     if config.preferences.calibrate and not config.label.audit_pairs:
         raise UserError("config.preferences.calibrate=True needs label.audit_pairs of people to calibrate on")
     if "reward_model" in config.stages:
@@ -182,6 +192,15 @@ def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:
     if bool(reward_model.flawed_members) != bool(reward_model.flaw_pattern):
         raise UserError("config.reward_model: flaw_pattern and flawed_members are set together, or neither is")
     _check_pattern("reward_model.flaw_pattern", reward_model.flaw_pattern)
+    if reward_model.by_principle:
+        if config.label.principles == "none" or config.label.source == "human":
+            raise UserError("config.reward_model.by_principle=True needs labels by principle: set label.principles to "
+                            "draw or ensemble, and label.source to ai or both")  # fmt: skip
+        if reward_model.combine != "mean" or reward_model.flawed_members:
+            raise UserError("config.reward_model.by_principle=True needs combine=mean and flawed_members=0")
+        count = len(select("reward_model", config.constitution, ("comparison",))[0])
+        _require(flat, "reward_model.members", f"{count} with by_principle, one for each principle", lambda x: (
+            x == count))  # fmt: skip
 
 
 def _check_pattern(name: str, pattern: str) -> None:
@@ -274,6 +293,40 @@ def _check_judges(config: Config) -> None:
         )
 
 
+def _check_constitution(config: Config) -> None:
+    """Raises UserError for principles that are not there to be judged under, and for judges that are not asked for."""
+    constitution, how, judges = config.constitution, config.label.principles, config.judges
+    if constitution.file:
+        with blame("constitution"):
+            tagged(load_constitution(constitution.file), constitution.tags)
+    elif constitution.tags:
+        raise UserError("config.constitution.tags needs constitution.file, whose principles have them")
+    elif "critique" in config.stages:
+        raise UserError("config.stages: critique needs constitution.file, whose principles it revises under")
+    elif how != "none":
+        raise UserError(f"config.label.principles={how} needs constitution.file, which has them")
+    if "critique" in config.stages:
+        select("critique", constitution, ("revision",) if config.critique.revise_only else ("critique", "revision"))
+    if how != "none":
+        select("label", constitution, ("comparison",))
+    if how == "ensemble" and (config.panel.judges or "label" not in config.stages):
+        raise UserError("config.label.principles=ensemble is for the stage label and one judge: set it to draw")
+    for name, judge in judges.items():
+        with blame(f"{name}.prompt.template"):
+            asked = load_template(judge.prompt).by_principle
+        if asked and how == "none":
+            raise UserError(f"config.{name}.prompt.template={judge.prompt.template} asks for a principle: set "
+                            "label.principles to draw, or to ensemble")  # fmt: skip
+        labels = name != "judge" or len(judges) == 1
+        if labels and not asked and how != "none":
+            raise UserError(
+                f"config.label.principles={how}, but the comparison of {name}.prompt.template={judge.prompt.template} "
+                f"with method={judge.prompt.method} has no {{principle}}: take the template constitution"
+            )
+    if config.preferences.hard and config.preferences.clamp:
+        raise UserError("config.preferences.clamp holds labels near 1/2, and hard=True takes them to 0 or 1: unset one")
+
+
 def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
     rl, stages = config.rl, config.stages
     parts = rl.minibatches * rl.micro_batches * devices
@@ -319,6 +372,11 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
             )
     _check_scorers(config, rewards, "rl.rewards")
     _check_scorers(config, rl.gold, "rl.gold")
+    if bool(rl.gold.reward_model) != bool(rl.gold.reward_model_run):
+        raise UserError(
+            "config.rl.gold.reward_model is the weight and rl.gold.reward_model_run the folder of a finished run: give "
+            "both, or neither"
+        )
     if rewards.format and not rewards.format_pattern:
         raise UserError("config.rl.rewards.format needs rl.rewards.format_pattern, a regular expression")
     longest = config.policy.max_response_length - 1
@@ -352,10 +410,11 @@ def _check_evaluation(config: Config) -> None:
 
 
 def _check_overoptimisation(config: Config) -> None:
-    if not (config.rl.gold.judge or config.rl.gold.verifier):
+    gold = config.rl.gold
+    if not (gold.judge or gold.verifier or gold.reward_model):
         raise UserError(
-            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge or "
-            "rl.gold.verifier a weight"
+            "config.stages: overoptimisation needs a gold reward to hold the proxy against: give rl.gold.judge, "
+            "rl.gold.verifier or rl.gold.reward_model a weight"
         )
     chosen, samples = config.overoptimisation.numbers, config.overoptimisation.samples
     if len(chosen) < 3 or list(chosen) != sorted(set(chosen)) or chosen[0] < 2 or chosen[-1] > samples:

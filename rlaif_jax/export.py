@@ -89,6 +89,9 @@ def export_labels(folder: epath.Path, out: epath.Path, name: str, licenses: dict
     }
     labelled = "people" if facts["judge"] == "human" else "an AI judge"
     labelled = "a panel of AI judges" if "members" in manifest else labelled
+    if "constitution" in manifest:
+        how = {"draw": "one principle a pair (column `principle`)", "ensemble": "all principles"}
+        labelled += f" under {how[manifest['principles']]} of the constitution {manifest['constitution']}"
     unused = _counts(left_out | {"undecided": undecided})
     facts |= {"name": name, "rows": len(rows), "labelled": labelled, "left_out": unused, "audit": _audit(folder)}
     card = _CARD.format(**facts, **licenses)
@@ -111,6 +114,7 @@ def _preferences(table: pa.Table) -> Iterator[dict]:
             "margin": math.log(odds),
             "judge": row["judge"],
             **{name: row[name] for name in ("row", "hash_forward", "hash_reversed")},
+            **({"principle": row["principle"]} if row.get("principle") else {}),
         }
 
 

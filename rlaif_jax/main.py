@@ -21,6 +21,7 @@ from rlaif_jax.report import write_report
 from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.panel import member
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
+from rlaif_jax.stages.principles import FOLDER as PRINCIPLES
 from rlaif_jax.stages.run import Run, open_run, run_record, with_seed
 from rlaif_jax.summary import print_replay, print_summary
 
@@ -29,7 +30,8 @@ _HELP = f"""  --config.FIELD=VALUE   overrides a field of the config, e.g. --con
   --stages=NAME,...      stages to run, of {", ".join(STAGES)}; by default all.
                          Where the config has rounds, those of later ones are round2/label ...
   --replay=ROW,...       judges these rows of DIR/label/preferences.parquet again and compares; any:N draws N of them;
-                         NAME/ROW,... those of a member of a panel, in DIR/label/panel/NAME
+                         NAME/ROW,... those of a member of a panel, in DIR/label/panel/NAME; principles/ROW,... those
+                         of an ensemble of principles, in DIR/label/principles
   --round=K              with --replay: of the labels in DIR/roundK/label
   --worker=I/N           with --stages=label: judges every N-th shard from the I-th on, beside N - 1 other processes"""
 
@@ -101,9 +103,17 @@ def _replayed(run: Run, text: str) -> tuple[Callable[[], Judge], epath.Path, str
     Raises UserError for no such member of a panel.
     """
     judges, folder = run.config.panel.judges, run.folder("label")
-    if not judges:
-        return functools.partial(load_judge, run.config.judge, run.config.seed, run.placement), folder, text
     name, _, rows = text.rpartition("/")
+    alone = functools.partial(load_judge, run.config.judge, run.config.seed, run.placement)
+    if run.config.label.principles == "ensemble":
+        if name != PRINCIPLES:
+            raise UserError(
+                f"--replay={text}: the principles of an ensemble made these labels out of those in label/{PRINCIPLES}, "
+                f"so name rows of that: --replay={PRINCIPLES}/{rows}"
+            )
+        return alone, folder / PRINCIPLES, rows
+    if not judges:
+        return alone, folder, text
     if name not in judges:
         raise UserError(
             f"--replay={text}: a panel made these labels out of those in label/panel/NAME, so say whose to judge "

@@ -8,6 +8,7 @@ from rlaif_jax.config import flatten
 from rlaif_jax.evaluation.names import BY_POLICY, SINGLE, by_role, policy_titles, title
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet
+from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import Judge, Judgement
 from rlaif_jax.stages.run import Run
@@ -58,12 +59,12 @@ def _console() -> Console:
 def print_replay(judge: Judge, stored: dict, fresh: dict, same: bool) -> None:
     """The exact prompts of a label row, and the stored fields beside the new ones."""
     console = _console()
-    _print_prompts(console, judge, Pair(stored["prompt"], stored["response_a"], stored["response_b"]))
+    _print_prompts(console, judge, store.pair_of(stored))
     table = Table()
     for column in ("field", "stored", "now"):
         table.add_column(column)
     for name in stored:
-        if name not in ("prompt", "response_a", "response_b"):
+        if name not in ("prompt", "response_a", "response_b", "principle_text"):
             table.add_row(name, escape(str(stored[name])), escape(str(fresh[name])))
     console.print(table)
     console.print("same label" if same else "DIFFERENT label")

@@ -8,9 +8,10 @@ import tempfile
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Tiny models take longer to compile than to run; the older emitters of XLA's CPU backend are four times as quick.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-# What one process of a session has compiled serves the next; nothing is kept beyond the session.
-COMPILED = tempfile.TemporaryDirectory(prefix="rlaif_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# What one process of a session has compiled serves the others; nothing is kept beyond the session.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="rlaif_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 
 import jax
 

@@ -16,6 +16,10 @@ DATA = {
     "demonstrations_per_prompt": 1,
     "polite_share": 0.5,
     "answering_share": 1.0,
+    "red_team": 0,
+    "red_team_evaluation": 0,
+    "complying_share": 0.5,
+    "evasive_share": 0.25,
 }
 HOSTILE = "<script>alert(1)</script> and </script><img src=x onerror=alert(2)> {{ 7 * 7 }} \" ' & \u202e"
 CURVES = {

@@ -1,10 +1,11 @@
 import pytest
 
-from configs import hh_harmless, hh_helpful, quickstart, scitldr, smollm2, tasks, tldr
+from configs import constitutional, hh_harmless, hh_helpful, quickstart, scitldr, smollm2, tasks, tldr
 from rlaif_jax.config import flatten, override, parse
 from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import load_template
+from rlaif_jax.main import main
 
 TASKS = {"tldr": tldr, "hh_helpful": hh_helpful, "hh_harmless": hh_harmless, "scitldr": scitldr}
 CONFIGS = [(module, f"{arm}{scale}") for module in (quickstart, smollm2) for arm in quickstart.ARMS for scale in (
@@ -18,6 +19,7 @@ CONFIGS += [
     for source in ("", ",local", ",hub")
     if not (module is scitldr and arm in ("rlhf", "combined"))
 ]
+CONFIGS += [(constitutional, arm) for arm in ("default", "smoke", "hh", "hh,smoke")]
 
 
 @pytest.mark.parametrize(("module", "arm"), CONFIGS, ids=lambda x: getattr(x, "__name__", x))
@@ -82,3 +84,10 @@ def test_a_group_with_names_of_ones_own_is_read_flattened_and_changed_by_them():
 def test_what_is_wrong_in_such_a_group_is_named(changes, words):
     with pytest.raises(UserError, match=words):
         override(parse(quickstart.get_config("panel").to_dict()), changes)
+
+
+def test_red_team_prompts_that_are_not_there_are_one_line_that_names_them(tmp_path, capfd):
+    flags = [f"--config.data.root={tmp_path}", f"--workdir={tmp_path}/run"]
+    assert main(["main", "--config=configs/constitutional.py:hh,smoke", *flags]) == 2
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error and str(tmp_path) in error and "config.data.root" in error

@@ -4,8 +4,10 @@ import json
 
 import gguf
 import numpy as np
+import yaml
 
 from rlaif_jax.data import embedded, tokenizers
+from rlaif_jax.judge.critiques import TEMPLATES
 from rlaif_jax.judge.prompts import load_template
 from tests.helpers import quickstart_config
 
@@ -100,3 +102,36 @@ def tiny_run_flags(judge: str, workdir) -> list[str]:
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     return ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
+
+
+def constitutional_flags(judge: str, workdir, folder) -> list[str]:
+    """Flags of a whole run of constitutional AI in which the judge revises, too.
+
+    Its texts end at the first "e", for a random model never ends a line. The template is written into `folder`.
+    """
+    template = yaml.safe_load((TEMPLATES / "everyday_requests.yaml").read_text()) | {"stop": ["e"]}
+    (folder / "critiques.yaml").write_text(yaml.safe_dump(template))
+    overrides = {
+        "stages": "('sft','critique','sl_cai','label','reward_model','rl','eval')",
+        "data.red_team_prompts.kind": "embedded",
+        "data.embedded.red_team": 60,
+        "data.embedded.red_team_evaluation": 4,
+        "constitution.file": "assistant",
+        "critique.weights": judge,
+        "critique.template": folder / "critiques.yaml",
+        "critique.prompts": 12,
+        "critique.rounds": 2,
+        "critique.shots": 1,
+        "critique.max_new_tokens": 10,
+        "critique.max_failure_rate": 0.95,
+        "critique.revision_sampling.temperature": 1.0,
+        "critique.sampler.slots": 8,
+        "critique.sampler.refill": 8,
+        "critique.sampler.bucket_multiple": 512,
+        "critique.commit_every": 4,
+        "sl_cai.helpful_share": 0.25,
+        "sl_cai.steps": 4,
+        "sl_cai.batch_size": 8,
+        "sl_cai.checkpoint_every": 2,
+    }
+    return [*tiny_run_flags(judge, workdir), *(f"--config.{name}={value}" for name, value in overrides.items())]

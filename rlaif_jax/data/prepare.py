@@ -30,6 +30,7 @@ class DataConfig:
     layout: str  # how a row becomes a prompt: "request", "tldr", "abstract" or "dialogue" (data/layouts.py)
     demonstrations: SourceConfig  # prompt fields and `reply`
     train_prompts: SourceConfig  # prompt fields
+    red_team_prompts: SourceConfig  # prompt fields: asks for what the policy is to decline (stage critique)
     evaluation_prompts: SourceConfig  # prompt fields
     comparisons: SourceConfig  # human preferences: prompt fields, `response_a`, `response_b`; perhaps `choice`, ABOUT
     evaluation_comparisons: SourceConfig
@@ -51,6 +52,7 @@ ABOUT = ("group", "human_confidence", "generator_a", "generator_b")
 COLUMNS = {
     "demonstrations": ("reply",),
     "train_prompts": (),
+    "red_team_prompts": (),
     "evaluation_prompts": ("group",),
     "comparisons": ("response_a", "response_b", "prob_a", *ABOUT),
     "evaluation_comparisons": ("response_a", "response_b", "prob_a", *ABOUT),

@@ -42,7 +42,7 @@ def audit(columns: Columns, resamples: int, seed: int, by: Sequence[str] = ()) -
     figures: dict[str, Any] = {"scored": mean(ok)}
     if not len(prob_a):
         return figures
-    figures |= _slots(rows, mean) | _length(rows, prob_a, mean, resamples, seed)
+    figures |= slots(rows, mean) | _length(rows, prob_a, mean, resamples, seed)
     listed = _sides(rows, lambda text: bool(_LIST.search(text)))
     figures["list_preferred"] = mean(_prefers(prob_a, listed))
     if any(rows.get("generator_a", ())):
@@ -55,7 +55,7 @@ def audit(columns: Columns, resamples: int, seed: int, by: Sequence[str] = ()) -
     return figures
 
 
-def _slots(rows: Columns, mean: Callable) -> dict[str, Figure]:
+def slots(rows: Columns, mean: Callable) -> dict[str, Figure]:
     """Position bias (arXiv 2309.00267, section 4.3); nothing where responses are rated by themselves."""
     if rows["prob_a_forward"][0] is None:
         return {}
@@ -63,9 +63,9 @@ def _slots(rows: Columns, mean: Callable) -> dict[str, Figure]:
     # A pair is one observation; a sits in slot 2 when reversed.
     same = np.sign(forward - 0.5) * np.sign(0.5 - backward)
     return {
-        "first_slot_rate": mean((_share(forward) + _share(1 - backward)) / 2),
+        "first_slot_rate": mean((share_a(forward) + share_a(1 - backward)) / 2),
         "same_slot_in_both_orders": mean((1 + same) / 2),
-        "first_slot_when_same": mean(_share(forward)[same > 0]),
+        "first_slot_when_same": mean(share_a(forward)[same > 0]),
     }
 
 
@@ -129,14 +129,14 @@ def agreement(preference_a: np.ndarray, label_a: np.ndarray) -> np.ndarray:
     return (1 + np.sign(preference_a - 0.5) * np.sign(label_a - 0.5)) / 2
 
 
-def _share(prob: np.ndarray) -> np.ndarray:
-    """1 where it is above a half, 0 below, 0.5 at it."""
+def share_a(prob: np.ndarray) -> np.ndarray:
+    """How often a is named: 1 where it is above a half, 0 below, 0.5 at it."""
     return 0.5 + 0.5 * np.sign(prob - 0.5)
 
 
 def _prefers(prob_a: np.ndarray, side: np.ndarray) -> np.ndarray:
     """For rows of which one response has a quality (side 1: a has it, -1: b has it): whether it is preferred."""
-    return _share(np.where(side > 0, prob_a, 1 - prob_a))[side != 0]
+    return share_a(np.where(side > 0, prob_a, 1 - prob_a))[side != 0]
 
 
 def _sides(rows: Columns, has: Callable[[str], bool]) -> np.ndarray:

@@ -46,9 +46,9 @@ def label_next(columns: Mapping[str, Sequence[Any]], count: int) -> list[int]:
 
 
 def _disagreement(columns: Mapping[str, Sequence[Any]], row: int) -> float:
-    """The standard deviation of what is said of one pair, over orders, questions and the members of a panel."""
+    """The standard deviation of what is said of one pair, over orders, questions, members of a panel and principles."""
     orders = [columns[name][row] for name in ("prob_a_forward", "prob_a_reversed")]
     axes = (columns.get("prob_a_axes") or {row: None})[row] or ()
-    members = (columns.get("prob_a_members") or {row: None})[row] or {}
-    said = [value for value in (*orders, *axes, *members.values()) if value is not None]
+    members, principles = ((columns.get(f"prob_a_{of}") or {row: None})[row] or {} for of in ("members", "principles"))
+    said = [value for value in (*orders, *axes, *members.values(), *principles.values()) if value is not None]
     return float(np.std(said)) if said else 0.0

@@ -13,7 +13,7 @@ from rlaif_jax.evaluation.audit import agreement
 from rlaif_jax.evaluation.statistics import Figure, bootstrap_ci, mean_ci
 
 RULES = ("mean", "majority", "minimum")
-_KNOWN = ("ground_truth", "human")  # columns that say which response is better: 1 for a, 0 for b
+KNOWN = ("ground_truth", "human")  # columns that say which response is better: 1 for a, 0 for b
 
 
 def enough(prob_a: np.ndarray) -> np.ndarray:
@@ -64,11 +64,12 @@ def trust(variance: np.ndarray, how: str, limit: float) -> np.ndarray:
     return np.clip(1 - 4 * variance, 0, 1)
 
 
-def mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the members that have a value: [pairs], NaN where none has."""
+def mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """The mean over the members that have a value: [pairs], NaN where none has. weights: [members], alike without."""
     known = np.isfinite(values)
+    counted = known if weights is None else known * weights[:, None]
     with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
+        return (np.where(known, values, 0) * counted).sum(axis=0) / counted.sum(axis=0)
 
 
 def _votes(prob_a: np.ndarray) -> np.ndarray:
@@ -117,6 +118,14 @@ def _alpha_ci(values: np.ndarray, nominal: bool, resamples: int, seed: int) -> F
     return bootstrap_ci(parts, _alpha, resamples, seed) if len(parts[0]) else mean_ci([], resamples, seed)
 
 
+def alphas(prob_a: np.ndarray, resamples: int, seed: int) -> dict[str, Figure]:
+    """Krippendorff's alpha of the votes for a or b, and of the probabilities, by bootstrap over pairs."""
+    return {
+        "alpha/votes": _alpha_ci(_votes(prob_a), True, resamples, seed),
+        "alpha/prob_a": _alpha_ci(prob_a, False, resamples, seed),
+    }
+
+
 def panel_audit(columns: Mapping[str, Sequence[Any]], resamples: int, seed: int) -> dict[str, Figure]:
     """The figures of a panel's label file, intervals by bootstrap over its scored pairs; none of another label file.
 
@@ -134,27 +143,21 @@ def panel_audit(columns: Mapping[str, Sequence[Any]], resamples: int, seed: int)
     if len(names) < 2:  # who labels is only not who evaluates: there is nobody to agree with
         return {}
     prob_a = np.array([[row[name] for row in members] for name in names], float)
-    known = {name: np.array([columns[name][i] for i in rows], float) for name in _KNOWN if name in columns}
+    known = {name: np.array([columns[name][i] for i in rows], float) for name in KNOWN if name in columns}
 
     def mean_of(values) -> Figure:
         return mean_ci(values, resamples, seed)
 
-    def alphas(prob_a: np.ndarray) -> dict[str, Figure]:
-        return {
-            "alpha/votes": _alpha_ci(_votes(prob_a), True, resamples, seed),
-            "alpha/prob_a": _alpha_ci(prob_a, False, resamples, seed),
-        }
-
     def agreements(label: np.ndarray) -> dict[str, Figure]:
         return {name: mean_of(_agreement(label, better)) for name, better in known.items()}
 
-    figures = {f"panel_{name}": figure for name, figure in alphas(prob_a).items()}
+    figures = {f"panel_{name}": figure for name, figure in alphas(prob_a, resamples, seed).items()}
     figures["panel_disagreement/variance"] = mean_of(disagreement(prob_a))
     figures["panel_disagreement/vote_entropy"] = mean_of(vote_entropy(prob_a))
     for i, name in enumerate(names):
         others = np.delete(prob_a, i, axis=0)
         label = combine(others, rule)
-        without = alphas(others) if len(others) > 1 else {}
+        without = alphas(others, resamples, seed) if len(others) > 1 else {}
         alone = {"scored": mean_of(np.isfinite(prob_a[i])), "with_others": mean_of(_agreement(label, prob_a[i]))}
         figures |= {f"panel_without/{name}/{key}": figure for key, figure in (without | agreements(label)).items()}
         figures |= {f"panel_member/{name}/{key}": figure for key, figure in (alone | agreements(prob_a[i])).items()}

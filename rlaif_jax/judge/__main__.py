@@ -7,9 +7,10 @@ from absl import flags
 from etils import epath
 
 from rlaif_jax.commands import parse_flags, run_command
-from rlaif_jax.config import parse
+from rlaif_jax.config import Config, parse
 from rlaif_jax.data.layouts import is_unicode
 from rlaif_jax.errors import UserError
+from rlaif_jax.judge.constitution import load_constitution
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import judge_pairs, load_judge
 from rlaif_jax.stages.run import open_run, with_seed
@@ -17,6 +18,7 @@ from rlaif_jax.summary import print_judgement
 
 _USAGE = "usage: python -m rlaif_jax.judge --prompt=TEXT --a=REPLY --b=REPLY [--config=configs/NAME.py[:ARM]]"
 _HELP = """  --config.judge.FIELD=VALUE  overrides a field, e.g. --config.judge.prompt.shots=0
+  --principle=ID              of config.constitution.file, for a judge that is asked for one
 
 Prints the exact prompts, and the probability that reply a is the better one."""
 
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     values = flags.FlagValues()
-    for name in ("prompt", "a", "b"):
+    for name in ("prompt", "a", "b", "principle"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     options = parse_flags(argv, _USAGE, values, default_config="configs/quickstart.py")
     texts = (options.prompt, options.a, options.b)
@@ -36,12 +38,25 @@ def _main(argv: list[str]) -> int:
         raise UserError(_USAGE)
     if not all(map(is_unicode, texts)):
         raise UserError("--prompt, --a and --b must be texts in UTF-8")
-    run, pair = open_run(with_seed(parse(options.config.to_dict()), None), epath.Path(".")), Pair(*texts)
+    run = open_run(with_seed(parse(options.config.to_dict()), None), epath.Path("."))
+    pair = _pair(run.config, texts, options.principle)
     with jax.set_mesh(run.placement.mesh):
         judge = load_judge(run.config.judge, run.config.seed, run.placement)
         (judgement,) = judge_pairs(judge, [pair])
     print_judgement(judge, pair, judgement)
     return 0 if judgement.status == "ok" else 1
+
+
+def _pair(config: Config, texts: tuple[str, str, str], principle: str | None) -> Pair:
+    """The pair, under the principle with this id. Raises UserError where there is none, or one is needed."""
+    if principle is None and config.label.principles == "none":
+        return Pair(*texts)
+    if not config.constitution.file:
+        raise UserError("--principle is an id of config.constitution.file, which is not set")
+    known = {each.id: each.comparison for each in load_constitution(config.constitution.file).principles}
+    if not known.get(principle):
+        raise UserError(f"--principle={principle} must be one of {', '.join(id for id in known if known[id])}")
+    return Pair(*texts, principle, known[principle])
 
 
 if __name__ == "__main__":

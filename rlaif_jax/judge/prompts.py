@@ -41,6 +41,8 @@ class Pair:
     prompt: str
     response_a: str
     response_b: str
+    principle: str | None = None  # the id of that of a constitution under which they are compared
+    principle_text: str | None = None  # its text for comparisons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Template:
     axes: tuple[str, ...]  # the names of the questions
     choices: tuple[str, ...]
     inverted: bool  # the judge names the worse response
+    by_principle: bool = False  # `item` has a place for the principle of a pair
     reasoning: Reasoning | None = None
     frame: Frame = PLAIN
 
@@ -103,8 +106,10 @@ class Template:
         both = pair.response_a, pair.response_b
         if self.method == "rating":
             return tuple(self.item.format(prompt=pair.prompt, response=response) for response in both)
+        if self.by_principle and pair.principle_text is None:
+            raise UserError(f"judge template {self.name} asks for the principle of a pair, and this one has none")
         return tuple(
-            self.item.format(prompt=pair.prompt, response_1=first, response_2=second)
+            self.item.format(prompt=pair.prompt, response_1=first, response_2=second, principle=pair.principle_text)
             for first, second in (both, both[::-1])
         )
 
@@ -169,11 +174,12 @@ def load_template(config: PromptConfig) -> Template:
     """Reads a template: a name in `judge/templates`, or the path of a YAML file; without the frame of a chat.
 
     The file holds `preambles` (name -> instruction), `comparison`, `verdict` (what leads to the answer), `choices`
-    (two) and `examples`: a list of `prompt`, `response_1`, `response_2` and `choice` (1 or 2). It may hold `inverted`
-    (the choice names the worse response); for a chain of thought `reasoning`, of `cue` (what begins the rationale)
-    and `stop` (a list of texts that end it), and a `rationale` in each example; `axes` (name -> question); and
-    `rating`, of `preamble`, `item`, `verdict` and `scores`, the lowest first. Raises UserError for a missing file,
-    field or placeholder.
+    (two) and `examples`: a list of `prompt`, `response_1`, `response_2` and `choice` (1 or 2). `comparison` may have a
+    place for the {principle} of a pair, and each example then a `principle`; after the responses, a pair under several
+    principles is read once. The file may hold `inverted` (the choice names the worse response); for a chain of thought
+    `reasoning`, of `cue` (what begins the rationale) and `stop` (a list of texts that end it), and a `rationale` in
+    each example; `axes` (name -> question); and `rating`, of `preamble`, `item`, `verdict` and `scores`, the lowest
+    first. Raises UserError for a missing file, field or placeholder.
     """
     name = config.template
     path = epath.Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
@@ -212,7 +218,7 @@ class _File:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    fields = _load_yaml(path)
+    fields = load_yaml(path)
     if not isinstance(fields, dict):
         raise UserError(f"judge template {path} must be a mapping of fields")
     known = [field.name for field in dataclasses.fields(_File)]
@@ -221,7 +227,8 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return fields
 
 
-def _load_yaml(path: epath.Path) -> Any:
+def load_yaml(path: epath.Path) -> Any:
+    """What a YAML file of prompts holds. Raises UserError where it is no YAML."""
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -249,14 +256,18 @@ def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
             raise ValueError(f"it must have two choices, none the beginning of the other: {choices}")
     if reasoning and not all(questions):
         raise ValueError("after a rationale it needs a verdict to lead to the answer")
-    _check_placeholders(item, _ITEM if rating else _PAIR)
+    placeholders = _placeholders(item)
+    wanted = _ITEM if rating else _PAIR
+    if not wanted <= placeholders <= (wanted if rating else wanted | {"principle"}):
+        raise ValueError(f"it must use {sorted(wanted)}, not {sorted(placeholders)}: {item!r}")
     if config.shots and config.method != "pairwise":
         raise ValueError(f"its examples are for pairwise questions: judge.prompt.method={config.method} needs shots=0")
     name = f"{path.stem}:{config.method if rating else config.preamble},{config.shots}-shot"
     name += (",axes" if config.method == "axes" else "") + (",cot" if reasoning else "")
     preamble += "\n\n" if preamble else ""
     inverted = file.inverted and not rating
-    return Template(name, config.method, preamble, item, questions, axes, choices, inverted, reasoning)
+    by_principle = "principle" in placeholders
+    return Template(name, config.method, preamble, item, questions, axes, choices, inverted, by_principle, reasoning)
 
 
 def _texts(group: str, fields: Mapping, *names: str) -> tuple[str, ...]:
@@ -276,14 +287,12 @@ def _reasoning(fields: Mapping) -> Reasoning:
     return Reasoning(cue, tuple(stop))
 
 
-def _check_placeholders(item: str, wanted: set[str]) -> None:
-    found = [
+def _placeholders(item: str) -> set[str]:
+    return {
         field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
         for _, field, form, conversion in string.Formatter().parse(item)
         if field is not None
-    ]
-    if set(found) != wanted:
-        raise ValueError(f"it must use {sorted(wanted)}, not {sorted(found)}: {item!r}")
+    }
 
 
 def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: Mapping) -> str:
@@ -293,7 +302,7 @@ def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: M
         path = epath.Path(config.exemplars)
         if not path.exists():
             raise UserError(f"judge.prompt.exemplars={path} does not exist")
-        examples = _load_yaml(path)
+        examples = load_yaml(path)
     if not isinstance(examples, list) or len(examples) < config.shots:
         count = len(examples) if isinstance(examples, list) else "no list of"
         raise UserError(f"judge.prompt.shots={config.shots}, but {path} has {count} examples")
@@ -301,6 +310,9 @@ def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: M
     for index, example in enumerate(examples[: config.shots]):
         try:
             pair = Pair(*_texts("example", example, "prompt", "response_1", "response_2"))
+            if template.by_principle:
+                (text,) = _texts("example", example, "principle")
+                pair = dataclasses.replace(pair, principle_text=text)
             reasoning = template.reasoning.cue + example["rationale"] if template.reasoning else ""
             if example["choice"] not in (1, 2):
                 raise TypeError(f"choice: {example['choice']!r} is neither 1 nor 2")

@@ -329,7 +329,7 @@ def _suffixes(judge: Judge, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 def _shared_tokens(tokenizer: PreTrainedTokenizerFast, template: Template) -> tuple[int, ...]:
     """The tokens that all prompts of a template begin with, whatever their texts begin with."""
-    prompts = [prompt for begin in _BEGINNINGS for prompt in template.asked(Pair(begin, begin, begin))]
+    prompts = [prompt for begin in _BEGINNINGS for prompt in template.asked(Pair(*[begin] * 5))]
     alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*encode(tokenizer, prompts), strict=False))
     return tuple(tokens[0] for tokens in alike)
 

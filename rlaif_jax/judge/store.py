@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("response_a", pa.string()),
         ("response_b", pa.string()),
+        ("principle", pa.string()),
+        ("principle_text", pa.string()),
         ("prob_a", pa.float64()),
         ("prob_a_forward", pa.float64()),
         ("prob_a_reversed", pa.float64()),
@@ -51,6 +53,7 @@ SCHEMA = pa.schema(
         ("hash_reversed", pa.string()),
     ]
 )
+PAIR = tuple(field.name for field in dataclasses.fields(Pair))  # the columns of a pair
 # Failures, the last one of a panel; two equal responses have nothing to compare, which is none.
 UNSCORED = ("too_long", "not_finite", "panel_unscored")
 _RETRIED = ("not_finite",)  # what another try may mend
@@ -205,7 +208,7 @@ def _check_pairs(pairs, shard: epath.Path, table: pa.Table, batch: list[range] |
     """Raises UserError where the shard is not of these pairs; `batch`: its rows, if it is not of single ones."""
     rows = table["row"].to_pylist()
     same = (not batch or rows == list(batch[0])) and batch != [] and max(rows, default=-1) < len(pairs)
-    texts = zip(*(table[name].to_pylist() for name in ("prompt", "response_a", "response_b")), strict=True)
+    texts = zip(*(table[name].to_pylist() for name in PAIR), strict=True)
     if not same or any(text != dataclasses.astuple(pairs[row]) for row, text in zip(rows, texts, strict=True)):
         raise UserError(f"{shard} holds labels of other pairs: use another folder, or delete {shard.parent}")
 
@@ -276,16 +279,21 @@ def _note_time(folder: epath.Path, shard: int, table: pa.Table, seconds: float) 
 def replay(judge: Judge, table: pa.Table, row: int) -> tuple[dict, dict]:
     """Judges row `row` of a label table afresh. Returns the stored and the new fields of that row."""
     stored = table.slice(row, 1).to_pylist()[0]
-    pair = Pair(stored["prompt"], stored["response_a"], stored["response_b"])
+    pair = pair_of(stored)
     (judgement,) = judge_pairs(judge, [pair], ids=[row])
     return stored, _table([_row(judge, row, pair, judgement)]).to_pylist()[0]
+
+
+def pair_of(row: Mapping) -> Pair:
+    """The pair that a row of a label table is of; earlier tables have no principles."""
+    return Pair(*(row.get(name) for name in PAIR))
 
 
 def same_label(stored: dict, fresh: dict, tolerance: float = 1e-4) -> bool:
     """Whether a replayed row agrees: texts and hashes exactly, probabilities within rounding of the batch's shape."""
 
     def agrees(name: str) -> bool:
-        old, new = stored[name], fresh[name]
+        old, new = stored.get(name), fresh[name]
         if name == "prob_a_axes" and old and new:
             return bool(np.allclose(old, new, rtol=0, atol=tolerance))
         if isinstance(old, float) and isinstance(new, float):

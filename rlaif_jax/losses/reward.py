@@ -37,17 +37,18 @@ def bradley_terry_loss(
 COMBINATIONS = ("mean", "min", "uncertainty", "weights")
 
 
-def combine(rewards: jax.Array, how: str, uncertainty_coef: float) -> jax.Array:
+def combine(rewards: jax.Array, how: str, uncertainty_coef: float, weights: jax.Array | None = None) -> jax.Array:
     """The reward that members come to, of which each is centred on the same responses.
 
     "mean"; "min", the worst case; "uncertainty", the mean less `uncertainty_coef` times the population variance
     (Coste et al., arXiv 2310.02743, section 3.2). Of "weights" (WARM: Rame et al., arXiv 2401.12187) there is one
     member, the average of the parameters.
 
-    rewards: [members, batch] float32. Returns [batch].
+    rewards: [members, batch] float32. weights: [members] float32 with sum 1, for a "mean" in which members count
+    differently. Returns [batch].
     """
     if how == "min":
         return jnp.min(rewards, axis=0)
     if how == "uncertainty":
         return jnp.mean(rewards, axis=0) - uncertainty_coef * jnp.var(rewards, axis=0)
-    return jnp.mean(rewards, axis=0)
+    return jnp.mean(rewards, axis=0) if weights is None else weights @ rewards

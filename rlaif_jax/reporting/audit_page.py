@@ -11,6 +11,7 @@ from markupsafe import Markup
 from rlaif_jax.evaluation.budget import HALF_WIDTHS, label_next, labels_needed
 from rlaif_jax.reporting import charts
 from rlaif_jax.reporting.calibration import calibration
+from rlaif_jax.reporting.principles import principle_section
 from rlaif_jax.reporting.words import figure_cell, percent
 
 _FOLDER = epath.Path(__file__).parent
@@ -90,8 +91,16 @@ def panel_table(figures: Mapping[str, Any]) -> dict | None:
     }
 
 
-def render_audit(title: str, columns: Mapping[str, Sequence[Any]], figures: Mapping[str, Any]) -> str:
-    """The HTML of an audit of the label file whose columns are given, in ASCII."""
+def render_audit(
+    title: str,
+    columns: Mapping[str, Sequence[Any]],
+    figures: Mapping[str, Any],
+    by_principle: Mapping[str, Sequence[Any]] | None = None,
+) -> str:
+    """The HTML of an audit of the label file whose columns are given, in ASCII.
+
+    by_principle: the columns with a row for each pair under each principle, where they are others.
+    """
     ok = [i for i, status in enumerate(columns["status"]) if status == "ok"]
     prob_a = np.array([columns["prob_a"][i] for i in ok], float)
     human = np.array([np.nan if value is None else value for value in columns.get("human", [])], float)
@@ -105,16 +114,18 @@ def render_audit(title: str, columns: Mapping[str, Sequence[Any]], figures: Mapp
     )  # fmt: skip
     by = {name: figure for name, figure in figures.items() if name.startswith("judge_agreement/human/")}
     panel = {name: figure for name, figure in figures.items() if name.startswith("panel_")}
+    by_itself = {*by, *panel, *(name for name in figures if name.startswith("principle_"))}
     agreement = figures.get("judge_agreement/human")
     html = environment.get_template("audit.html.j2").render(
         title=title,
         style=Markup((_FOLDER / "report.css").read_text()),
         judges=sorted({f"{judge}, {form}" for judge, form in zip(columns["judge"], columns["template"], strict=True)}),
         pairs=len(columns["status"]),
-        rows=audit_rows({name: figure for name, figure in figures.items() if name not in {*by, *panel}}),
+        rows=audit_rows({name: figure for name, figure in figures.items() if name not in by_itself}),
         by=audit_rows(by),
         panel_rows=audit_rows(panel),
         panel=panel_table(figures),
+        principles=principle_section(by_principle or columns, figures),
         temperature=figures.get("calibration/temperature"),
         histogram=charts.histogram(prob_a) if len(prob_a) else None,
         reliability=charts.reliability(calibration(*pairs)) if pairs else None,
@@ -134,7 +145,7 @@ def _budget(agreement: float | None) -> list[tuple[str, int]]:
 def _pair(columns: Mapping[str, Sequence[Any]], row: int) -> dict:
     names = ("prompt", "response_a", "response_b", "status")
     said = {"when shown first": columns["prob_a_forward"][row], "when shown second": columns["prob_a_reversed"][row]}
-    if "prob_a_members" in columns:
-        said = {f"by {name}": value for name, value in (columns["prob_a_members"][row] or {}).items()}
+    for column in {"prob_a_members", "prob_a_principles"} & {*columns}:
+        said = {f"by {name}": value for name, value in (columns[column][row] or {}).items()}
     said = ", ".join(f"{'-' if value is None else f'{value:.2f}'} {how}" for how, value in said.items())
     return {name: columns[name][row] for name in names} | {"row": row, "said": said}

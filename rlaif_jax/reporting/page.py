@@ -24,6 +24,8 @@ from rlaif_jax.reporting.words import count, figure_cell, fixed, interval, numbe
 _FOLDER = epath.Path(__file__).parent
 _STAGE_TITLES = {
     "sft": "SFT",
+    "critique": "Critique and revision",
+    "sl_cai": "SL-CAI",
     "label": "Labels",
     "reward_model": "Reward model",
     "best_of_n": "Best-of-n",
@@ -35,6 +37,7 @@ _STAGE_TITLES = {
 # Of each stage: metric, and the level that knowing nothing would reach.
 _CURVES = {
     "sft": (("loss", None),),
+    "sl_cai": (("loss", None),),
     "reward_model": (("loss", math.log(2)), ("accuracy", 0.5), ("margin", None)),
     "best_of_n": (("loss", None),),
     "preference": (

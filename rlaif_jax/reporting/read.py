@@ -12,7 +12,7 @@ from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import cell_stages, name_in_round
 
 # Those of stages/pipeline.py, without JAX.
-STAGES = ("sft", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
+STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
 USUAL = ("sft", "label", "reward_model", "rl", "eval")  # of a run that does not say
 
 # Whether a reply to a prompt is good; None for a prompt that the ground truth does not know.

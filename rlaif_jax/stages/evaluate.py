@@ -21,11 +21,12 @@ from rlaif_jax.evaluation.statistics import (
 from rlaif_jax.files import read_json, read_parquet, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
-from rlaif_jax.judge.score import Judge, load_judge
+from rlaif_jax.judge.score import load_judge
 from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.stages.harmlessness import harmlessness
 from rlaif_jax.stages.label import ground_truth_agreement
+from rlaif_jax.stages.principles import Labeller, by_principles
 from rlaif_jax.stages.replies import keep_replies, padded_batches
 from rlaif_jax.stages.reward_model import load_reward_model, score_texts
 from rlaif_jax.stages.run import Run
@@ -50,12 +51,14 @@ def run_evaluation(run: Run) -> None:
     rated = harmlessness(run, samples, groups, mean)  # first, so that one judge at a time is in memory
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
     label = functools.partial(store.label, judge)
+    if judge.template.by_principle:
+        label = by_principles(run, label)
     judged = _judged(run, label, samples, policies[-1], "sft")
     results = _win_rates(f"{policies[-1]}_vs_sft", judged, groups, mean)
     for new, old in [(name, "sft") for name in policies[1:-1]] + [(policies[-1], name) for name in policies[1:-1]]:
         results |= _win_rates(f"{new}_vs_{old}", _judged(run, label, samples, new, old), groups, mean)
     results |= _by_policy(run, samples, groups, mean) | rated
-    results |= _agreement(run, samples, judged, mean) | _human_agreement(run, judge, mean)
+    results |= _agreement(run, samples, judged, mean) | _human_agreement(run, label, mean)
     write_json(folder / "results.json", results)
 
 
@@ -198,14 +201,14 @@ def _is_training_judge(run: Run, judged: dict) -> bool:
     return any(all(judged[name] == label.get(name) for name in ("judge", "judge_hash")) for label in labellers)
 
 
-def _human_agreement(run: Run, judge: Judge, mean: Mean) -> dict[str, Figure]:
+def _human_agreement(run: Run, label: Labeller, mean: Mean) -> dict[str, Figure]:
     """How far judge and reward model agree with people (AI labeler alignment, arXiv 2309.00267, section 2.4)."""
     comparisons = run.data("evaluation_comparisons")
     if not comparisons["prompt"]:
         return {}
     pairs = list(map(Pair, comparisons["prompt"], comparisons["response_a"], comparisons["response_b"]))
     folder = run.folder("eval") / "human"
-    store.label(judge, pairs, folder, "human pairs")
+    label(pairs, folder, "human pairs")
     judged = read_parquet(folder / "preferences.parquet").to_pydict()
     chosen = np.array(comparisons["prob_a"])
     scored = np.array(judged["status"]) == "ok"

@@ -7,8 +7,9 @@ from etils import epath
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json
 
-_WITH_RESULTS = ("reward_model", "eval", "overoptimisation", "rounds")  # the last one's count where names are the same
-_ONCE = ("sft", "overoptimisation", "rounds")  # stages that all rounds share
+# The last one's figures count where names are the same.
+_WITH_RESULTS = ("critique", "reward_model", "eval", "overoptimisation", "rounds")
+_ONCE = ("sft", "critique", "sl_cai", "overoptimisation", "rounds")  # stages that all rounds share
 
 
 def name_in_round(stage: str, number: int) -> str:

@@ -1,7 +1,5 @@
 """AI labelling: candidate pairs sampled from the SFT policy, judged in both orders into a label file."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pyarrow as pa
 from etils import epath
@@ -11,12 +9,14 @@ from rlaif_jax.data.prepare import ABOUT
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.audit import agreement, audit
 from rlaif_jax.evaluation.panel import panel_audit
+from rlaif_jax.evaluation.principles import principle_audit
 from rlaif_jax.evaluation.statistics import mean_ci
 from rlaif_jax.files import read_parquet, write_json, write_parquet, write_text
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.reporting.audit_page import render_audit
 from rlaif_jax.stages.panel import labeller
+from rlaif_jax.stages.principles import Labeller, principle_columns
 from rlaif_jax.stages.replies import keep_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 
@@ -64,7 +64,7 @@ def _human_labels(run: Run, folder: epath.Path) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-def _human_audit(run: Run, label: Callable[..., bool]) -> dict:
+def _human_audit(run: Run, label: Labeller) -> dict:
     """The audit of who labels on `label.audit_pairs` comparisons that people made, kept in `label/audit/`."""
     count, folder = run.config.label.audit_pairs, run.folder("label") / "audit"
     if not count:
@@ -78,7 +78,9 @@ def _human_audit(run: Run, label: Callable[..., bool]) -> dict:
     config = run.config.evaluation
     figures = audit(columns, config.bootstrap_samples, run.config.seed, ("group", "human_confidence"))
     figures |= panel_audit(columns, config.bootstrap_samples, run.config.seed)
-    write_text(folder / "audit.html", render_audit("Comparisons that people made", columns, figures))
+    by_principle = principle_columns(folder / "preferences.parquet", columns)
+    figures |= principle_audit(by_principle, config.bootstrap_samples, run.config.seed)
+    write_text(folder / "audit.html", render_audit("Comparisons that people made", columns, figures, by_principle))
     return {f"people/{name}": figure for name, figure in figures.items()}
 
 
@@ -110,7 +112,9 @@ def _audit(run: Run, file: epath.Path) -> dict:
         values = ground_truth_agreement(truth, rows, prob_a)
         figures["judge_agreement/ground_truth"] = mean_ci(values, config.bootstrap_samples, run.config.seed)
     figures |= panel_audit(columns, config.bootstrap_samples, run.config.seed)
-    write_text(file.parent / "audit.html", render_audit("The labels of a run", columns, figures))
+    by_principle = principle_columns(file, columns)
+    figures |= principle_audit(by_principle, config.bootstrap_samples, run.config.seed)
+    write_text(file.parent / "audit.html", render_audit("The labels of a run", columns, figures, by_principle))
     return figures
 
 

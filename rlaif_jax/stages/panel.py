@@ -2,28 +2,32 @@
 
 import collections
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.errors import blame
-from rlaif_jax.evaluation.panel import combine, disagreement, enough, mean, vote_entropy
+from rlaif_jax.evaluation.panel import combine, enough, mean
 from rlaif_jax.files import read_json, read_parquet, remove_leftovers, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair, text_hash
 from rlaif_jax.judge.score import POLICY, Judge, JudgeModel, load_judge, make_judge
 from rlaif_jax.models.parameters import parameters_hash
 from rlaif_jax.stages.folders import name_in_round
+from rlaif_jax.stages.joined import joined, numbers
+from rlaif_jax.stages.principles import Labeller, by_principles
 from rlaif_jax.stages.run import Run
 
 
-def labeller(run: Run) -> Callable[..., bool]:
-    """What labels pairs as `judge.store.label` does, whose arguments after the judge it takes."""
+def labeller(run: Run) -> Labeller:
+    """What labels pairs."""
     if run.config.panel.judges:
-        return functools.partial(label_by_panel, run)
-    return functools.partial(store.label, load_judge(run.config.judge, run.config.seed, run.placement))
+        label = functools.partial(label_by_panel, run)
+    else:
+        label = functools.partial(store.label, load_judge(run.config.judge, run.config.seed, run.placement))
+    return label if run.config.label.principles == "none" else by_principles(run, label)
 
 
 def member(run: Run, name: str) -> Judge:
@@ -85,43 +89,10 @@ def _provenance(manifests: Mapping[str, dict], rule: str) -> dict[str, str]:
 
 
 def _combined(folders: Mapping[str, epath.Path], provenance: Mapping[str, str], rule: str) -> pa.Table:
-    """The label table of a panel: that of a judge, without rationales, axes and ratings, which are the members' own.
-
-    It also has `prob_a_members` (name -> probability, null where that member could not score the pair), `disagreement`
-    (variance), `vote_entropy` (nats) and `combine`. Probabilities of one order are the mean of the members', where all
-    of them have orders. Token counts are of all members together.
-    """
+    """The label table of a panel: `stages.joined.joined` with `prob_a_members` (by name), and `combine`."""
     tables = {name: read_parquet(folder / "preferences.parquet") for name, folder in folders.items()}
-    some = next(iter(tables.values()))
-
-    def each(column: str) -> np.ndarray:  # [members, rows] float64, NaN for null
-        return np.array([table[column].to_numpy() for table in tables.values()], float)
-
-    prob_a = each("prob_a")
-    labelled, same = enough(prob_a), np.array(some["response_a"]) == np.array(some["response_b"])
-    columns = {name: some[name] for name in ("row", "prompt", "response_a", "response_b")}
-    columns |= {name: [value] * len(same) for name, value in provenance.items()}
-    columns["status"] = np.where(labelled, "ok", np.where(same, "identical", "panel_unscored")).tolist()
-    numbers = {"prob_a": combine(prob_a, rule), "answer_mass": mean(each("answer_mass"))}
-    for name in ("prob_a_forward", "prob_a_reversed"):
-        one_order = each(name)
-        if np.array_equal(np.isfinite(one_order), np.isfinite(prob_a)):
-            numbers[name] = mean(one_order)
-    numbers |= {"disagreement": disagreement(prob_a), "vote_entropy": vote_entropy(prob_a)}
-    columns |= {name: _nullable(np.where(labelled, values, np.nan)) for name, values in numbers.items()}
-    for name in ("tokens_forward", "tokens_reversed"):
-        columns[name] = each(name).sum(axis=0).astype(np.int32)
-    for name in ("hash_forward", "hash_reversed"):
-        columns[name] = [text_hash("\x00".join(hashes)) for hashes in zip(*(
-            table[name].to_pylist() for table in tables.values()), strict=True)]  # fmt: skip
-    columns["prob_a_members"] = pa.StructArray.from_arrays(list(map(_nullable, prob_a)), names=list(tables))
-    columns["combine"] = [rule] * len(same)
-    extra = (("prob_a_members", columns["prob_a_members"].type), ("disagreement", pa.float64()))
-    schema = pa.schema([*store.SCHEMA, *extra, ("vote_entropy", pa.float64()), ("combine", pa.string())])
-    nothing = pa.nulls(len(same))
-    return pa.table({name: columns.get(name, nothing) for name in schema.names}, schema=schema)
-
-
-def _nullable(values: np.ndarray) -> pa.Array:
-    """[rows] float64, NaN as null."""
-    return pa.array(values, pa.float64(), from_pandas=True)
+    some, prob_a = next(iter(tables.values())), numbers(tables, "prob_a")
+    same = np.array(some["response_a"]) == np.array(some["response_b"])
+    status = np.where(enough(prob_a), "ok", np.where(same, "identical", "panel_unscored"))
+    table = joined(tables, provenance, status, combine(prob_a, rule), mean, "prob_a_members")
+    return table.append_column("combine", pa.array([rule] * len(status), pa.string()))

@@ -9,24 +9,30 @@ from rlaif_jax.data.prepare import COLUMNS
 from rlaif_jax.data.sources import files
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import file_hashes, read_json, remove_leftovers, write_json
+from rlaif_jax.judge.constitution import load_constitution
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.best_of_n import run_best_of_n
+from rlaif_jax.stages.critique import critique_template, run_critique
 from rlaif_jax.stages.evaluate import run_evaluation
 from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.label import run_label
 from rlaif_jax.stages.overoptimisation import run_overoptimisation
 from rlaif_jax.stages.preference import run_preference
 from rlaif_jax.stages.reward_model import run_reward_model
+from rlaif_jax.stages.rewards import normalisation_file
 from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.rounds import run_rounds
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.sft import run_sft
+from rlaif_jax.stages.sl_cai import run_sl_cai
 from rlaif_jax.stages.verifier import find_verifier
 
 STAGES: dict[str, Callable[[Run], bool | None]] = {
     "sft": run_sft,
+    "critique": run_critique,
+    "sl_cai": run_sl_cai,
     "label": run_label,
     "reward_model": run_reward_model,
     "best_of_n": run_best_of_n,
@@ -41,12 +47,14 @@ _SCORES = ("rl.rewards", "rl.penalise_missing_eos", "rl.missing_eos_reward")  # 
 # The parts of the config that a stage's result depends on, beyond those of the stages before it.
 _PARTS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "data", "policy", "sft"),
-    "label": ("judge", "panel.judges", "panel.combine", "sampler", "label"),
+    "critique": ("sampler", "constitution", "critique"),
+    "sl_cai": ("sl_cai",),
+    "label": ("judge", "panel.judges", "panel.combine", "constitution", "sampler", "label"),
     "reward_model": ("panel", "preferences", "reward_model"),
     "best_of_n": ("sampler", "judge", *_SCORES, "best_of_n"),
-    "preference": ("sampler", "judge", "panel", "preferences", "preference"),
+    "preference": ("sampler", "judge", "panel", "constitution", "label.principles", "preferences", "preference"),
     "rl": ("sampler", "judge", "rl"),
-    "eval": ("judge", "sampler", "evaluation"),
+    "eval": ("judge", "constitution", "sampler", "evaluation"),
     "overoptimisation": ("judge", "sampler", "overoptimisation"),
     "rounds": ("rounds", "judge", "panel", "evaluation"),
 }
@@ -70,6 +78,7 @@ _OPERATIONAL = (
 )
 # The files that bind a stage to the config that it was begun with.
 _KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "teacher/*.parquet", "replies_*/*.parquet")
+_KEPT += ("critique_*/*.parquet", "revision_*/*.parquet")
 
 
 def plan(run: Run, names: list[str]) -> list[str]:
@@ -129,6 +138,8 @@ def stage_inputs(run: Run, name: str) -> dict:
     parts = [part for stage in needed for part in _PARTS[stage]]
     if not run.config.panel.judges:
         parts = [part for part in parts if part.split(".")[0] != "panel"]
+    if not run.config.constitution.file:
+        parts = [part for part in parts if part != "constitution"]
     flat = flatten(run.config) | _file_hashes(run)
     wanted = (key for key in flat if any(f"{key}.".startswith(f"{part}.") for part in parts))
     return {key: flat[key] for key in wanted if not key.endswith(_OPERATIONAL)}
@@ -142,12 +153,20 @@ def _file_hashes(run: Run) -> dict[str, str]:
         with blame(f"{name}.weights"):
             if judge.weights != POLICY:
                 hashes[f"{name}.weights_hash"] = gguf.weights_hash(judge.weights)
+    if run.config.constitution.file:
+        with blame("constitution.file"):
+            hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
     if run.config.sft.teacher.weights:
         with blame("sft.teacher.weights"):
             hashes["sft.teacher.weights_hash"] = gguf.weights_hash(run.config.sft.teacher.weights)
+    if "critique" in run.config.stages:
+        hashes["critique.template_hash"] = critique_template(run).digest
+        if run.config.critique.weights:
+            with blame("critique.weights"):
+                hashes["critique.weights_hash"] = gguf.weights_hash(run.config.critique.weights)
     gold = run.config.rl.gold
     for group, scorers in (("rl.rewards", run.config.rl.rewards), ("rl.gold", gold)):
         if scorers.judge:
@@ -160,6 +179,8 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if gold.judge and gold.judge_weights:
         with blame("rl.gold.judge_weights"):
             hashes["rl.gold.judge_weights_hash"] = gguf.weights_hash(gold.judge_weights)
+    if gold.reward_model:
+        (hashes["rl.gold.reward_model_hash"],) = file_hashes([normalisation_file(gold.reward_model_run)])
     for role in COLUMNS:
         source = getattr(run.config.data, role)
         if source.kind in ("jsonl", "parquet"):
@@ -176,7 +197,7 @@ def is_done(run: Run, name: str) -> bool:
         return False
     # A label file that was deleted is put together again from the shards that it was made of.
     folder = run.folder(name)
-    shards = [*folder.glob("shards/*"), *folder.glob("panel/*/shards/*")]
+    shards = [path for part in ("", "panel/*/", "principles/") for path in folder.glob(f"{part}shards/*")]
     return not shards or (folder / "preferences.parquet").exists()
 
 

@@ -20,7 +20,14 @@ from rlaif_jax.judge.store import UNSCORED
 from rlaif_jax.losses.preference import preference_loss
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import shard_batch
-from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, learned_labels, read_preferences
+from rlaif_jax.stages.preferences import (
+    Comparisons,
+    clamped,
+    encode_comparisons,
+    learned_labels,
+    read_preferences,
+)
+from rlaif_jax.stages.principles import comparison_principles, draw_principles
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
@@ -159,6 +166,7 @@ def _online(run: Run, model: LanguageModel, reference):
     )
     judge = load_judge(run.config.judge, run.config.seed, run.placement)
     plan = live_plan(judge)
+    principles = comparison_principles(run, "preference") if judge.template.by_principle else []
 
     def step_of(params, step: int) -> Step:
         sampled = rollouts.sample(params, step).sequences
@@ -169,6 +177,8 @@ def _online(run: Run, model: LanguageModel, reference):
         prompts = rollouts.prompts(step)[::2]
         asked = list(map(Pair, prompts, texts[::2], texts[1::2]))
         ids = range(step * config.batch_size, (step + 1) * config.batch_size)
+        if principles:
+            asked = draw_principles(run, principles, asked, ids)
         judged = judge_pairs(judge, asked, plan, ids)
         prob_a, weight = _labels(run, judged, step)
         batch = PreferenceBatch(Comparisons(*sides, *shard_batch((prob_a, weight), mesh)), *references)
@@ -199,7 +209,7 @@ def _labels(run: Run, judged: list[Judgement], step: int) -> tuple[np.ndarray, n
     prob_a = np.array([getattr(each.verdict, name) if each.verdict else 0.5 for each in judged])
     rng = np.random.default_rng([run.order_seed("preferences"), step])
     weight = np.array([each.status == "ok" for each in judged], np.float32)
-    return learned_labels(prob_a, config, rng).astype(np.float32), weight
+    return learned_labels(clamped(prob_a, config.clamp), config, rng).astype(np.float32), weight
 
 
 def _tokens(pairs: Comparisons) -> int:

@@ -12,6 +12,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.calibration import fit_temperature, scale
 from rlaif_jax.evaluation.panel import trust
 from rlaif_jax.files import read_parquet
+from rlaif_jax.stages.principles import FOLDER as PRINCIPLES
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences
 
@@ -25,17 +26,18 @@ class Comparisons(struct.PyTreeNode):
     weight: np.ndarray  # [batch] float32, how much each counts; 0 for a pair without a label
 
 
-_COLUMNS = ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a", "weight")
+_COLUMNS = ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a", "weight", "principle")
 
 
 def read_preferences(run: Run) -> dict[str, list]:
-    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b`, `prob_a` and `weight` of all labelled pairs.
+    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b`, `prob_a`, `weight` and `principle` of all
+    labelled pairs; with `reward_model.by_principle` those of an ensemble are a row for each of its principles.
 
     weight: how much each counts in training, from 0 to 1; less than 1 where a panel disagrees, if the config says so.
     Where there are labels of the judge and of people, they are mixed. Raises UserError where the label file is missing.
     """
     folder, config = run.folder("label"), run.config.preferences
-    columns = _labelled(folder)
+    columns = _labelled(folder, PRINCIPLES if _each_principle(run) else "")
     if run.config.label.source != "human":
         columns["prob_a"] = _judged(run, columns)
         columns = _trusted(run, columns)
@@ -48,6 +50,15 @@ def read_preferences(run: Run) -> dict[str, list]:
         order = rng.permutation(len(columns["prob_a"]))
         columns = {name: [values[i] for i in order] for name, values in columns.items()}
     return {name: columns[name] for name in _COLUMNS}
+
+
+def clamped(prob_a: np.ndarray, width: float) -> np.ndarray:
+    """Labels [pairs] held within `width` of 1/2, or as they are for 0.
+
+    After a chain of thought a judge is nearly sure of whatever it has argued for, and labels from 0.4 to 0.6 led to
+    better behaviour than its own (Bai et al., arXiv 2212.08073, section 4.1).
+    """
+    return 0.5 + np.clip(prob_a - 0.5, -width, width) if width else prob_a
 
 
 def learned_labels(prob_a: np.ndarray, config: PreferencesConfig, rng: np.random.Generator) -> np.ndarray:
@@ -74,23 +85,29 @@ def encode_comparisons(run: Run, table: Mapping[str, list]) -> Comparisons:
     return Comparisons(sequences("a"), sequences("b"), prob_a, weight)
 
 
-def _labelled(folder: epath.Path) -> dict[str, list]:
-    file = folder / "preferences.parquet"
+def _each_principle(run: Run) -> bool:
+    return run.config.reward_model.by_principle and run.config.label.principles == "ensemble"
+
+
+def _labelled(folder: epath.Path, part: str = "") -> dict[str, list]:
+    """The labelled rows of the label file, or of that in its folder `part`, which has several rows of each pair."""
+    file = folder / part / "preferences.parquet"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=label first")
     labels, candidates = read_parquet(file), read_parquet(folder / "candidates.parquet")
+    pairs = np.arange(labels.num_rows) // (labels.num_rows // candidates.num_rows)
     for name in ("ended_a", "ended_b"):  # which the texts do not say
-        labels = labels.append_column(name, candidates[name])
+        labels = labels.append_column(name, candidates[name].take(pairs))
     columns = labels.filter(np.asarray(labels["status"]) == "ok").to_pydict()
     return columns | {"weight": [1.0] * len(columns["row"])}
 
 
 def _judged(run: Run, columns: dict[str, list]) -> np.ndarray:
-    """The judge's labels in the order and at the temperature that the config asks for: [pairs]."""
+    """The judge's labels in the order, at the temperature and within the bounds that the config asks for: [pairs]."""
     config = run.config.preferences
     name = "prob_a" if config.order == "both" else f"prob_a_{config.order}"
     temperature = _temperature(run, name) if config.calibrate else 1.0
-    return scale(np.array(columns[name], float), temperature)
+    return clamped(scale(np.array(columns[name], float), temperature), config.clamp)
 
 
 def _trusted(run: Run, columns: dict[str, list]) -> dict[str, list]:

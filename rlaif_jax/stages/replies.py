@@ -1,6 +1,7 @@
 """Replies of a trained policy, each written down soon after it is whole, so that a kill loses few of them."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,11 @@ from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
+from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_shards, write_checked_parquet
-from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters
+from rlaif_jax.models import gguf
+from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
+from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.progress import progress
 from rlaif_jax.sampling.continuous import Sampler, sample
@@ -66,21 +70,29 @@ def keep_rows(
     key: jax.Array,
     folder: epath.Path,
     commit_every: int,
+    skipped: Collection[int] = (),
+    about: Sequence[Mapping[str, str]] = (),
 ) -> dict[int, dict]:
     """Samples replies into shards in `folder`, `commit_every` replies a shard; those there are not sampled.
 
-    Returns row -> tokens, text, ended. Raises UserError where a shard is damaged.
+    skipped: prompts that get no reply. about: what is kept with the replies to each prompt, by the names of columns.
+    Returns row -> tokens, text, ended. Raises UserError where a shard is damaged, or of other prompts.
     """
     rows, fresh, shards = _committed(folder), [], len(list(folder.glob("*.parquet")))
+    for row, kept in rows.items():
+        if about and any(kept[name] != value for name, value in about[row // copies].items()):
+            raise UserError(f"{folder} holds texts that other prompts have led to: delete it, and they are made again")
     done = frozenset(i for i in range(len(prompts)) if all(copies * i + copy in rows for copy in range(copies)))
-    total = copies * len(prompts)
+    total, schema = copies * (len(prompts) - len(skipped)), _SCHEMA
+    for name in about[0] if about else ():
+        schema = schema.append(pa.field(name, pa.string()))
     with progress(None, folder.name, total=total, initial=copies * len(done), unit="reply") as bar:
-        for row, reply in _sample(sampler, tokenizer, prompts, copies, key, done):
+        for row, reply in _sample(sampler, tokenizer, prompts, copies, key, done.union(skipped)):
             rows[row] = reply
-            fresh.append({"row": row} | reply)
+            fresh.append({"row": row} | reply | (about[row // copies] if about else {}))
             bar.update()
             if len(fresh) == commit_every or len(rows) == total:
-                write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=_SCHEMA))
+                write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=schema))
                 fresh, shards = [], shards + 1
     return rows
 
@@ -103,6 +115,14 @@ def _sample(
     for row, reply in sample(sampler, prompts, key, range(copies * len(prompts)), done):
         (text,) = decode_responses(tokenizer, reply.tokens[None], np.ones((1, len(reply.tokens)), bool))
         yield row, {"tokens": reply.tokens.tolist(), "text": text, "ended": reply.ended}
+
+
+def loaded_decoder(run: Run, reader, dtype: str) -> tuple[LanguageModel, dict]:
+    """The model of a GGUF file, computing in `dtype`, and its parameters as sampling takes them."""
+    model = LanguageModel(dataclasses.replace(gguf.model_config(reader), dtype=dtype))
+    with jax.set_mesh(run.placement.mesh):
+        placed = place_parameters(model, gguf.load_parameters(reader), run.placement)
+        return decoding_model(model), decoding_parameters(model, placed, run.placement)
 
 
 def _policy_sampler(run: Run, params, sampling: SamplingConfig) -> Sampler:

@@ -4,7 +4,7 @@ centred on samples of the SFT policy. Several members are one program; how they 
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ from rlaif_jax.evaluation.audit import agreement
 from rlaif_jax.evaluation.calibration import expected_calibration_error
 from rlaif_jax.evaluation.statistics import Figure, bootstrap_ci, mean_ci
 from rlaif_jax.files import read_json, write_json
+from rlaif_jax.judge.constitution import select
 from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, read_preferences
+from rlaif_jax.stages.principles import comparison_principles
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
@@ -47,15 +49,18 @@ def reward_loss(params, batch: Comparisons, model: ScalarModel, config: RewardMo
 def run_reward_model(run: Run) -> None:
     """Reads `label/`; writes `reward_model/` checkpoints, normalisation.json and results.json.
 
-    The last pairs are held out. Each member has an order of the data and, but for "weights", a head of its own.
+    The last pairs are held out. Each member has an order of the data and, but for "weights", a head of its own; with
+    `by_principle` it learns the labels of one principle alone.
     """
     config, table = run.config.reward_model, read_preferences(run)
     comparisons = encode_comparisons(run, table)
     model, optimizer = run.scalar_model(), make_optimizer(config.optimizer, config.steps)
     trained = range(len(comparisons.prob_a) - config.validation_pairs)
     batches = [
-        shuffled_batches(trained[: config.train_pairs or None], config.batch_size, seed, "reward_model.batch_size")
-        for seed in map(run.order_seed, _names(config.members))
+        shuffled_batches(rows, config.batch_size, run.order_seed(name), "reward_model.batch_size")
+        for name, rows in zip(
+            _names(config.members), _rows_by_member(run, table, trained[: config.train_pairs or None]), strict=True
+        )
     ]
     labels = _labels_by_member(config, table, comparisons.prob_a)
 
@@ -106,6 +111,15 @@ def _labels_by_member(config: RewardModelConfig, table: Mapping[str, list], prob
     return [flawed if i < config.flawed_members else prob_a for i in range(config.members)]
 
 
+def _rows_by_member(run: Run, table: Mapping[str, list], rows: Sequence[int]) -> list[Sequence[int]]:
+    """The rows that each member learns: all of them, or those of its principle and those of people, who have none."""
+    config = run.config.reward_model
+    if not config.by_principle:
+        return [rows] * config.members
+    of = table["principle"]
+    return [[row for row in rows if of[row] in (each.id, None)] for each in comparison_principles(run, "reward_model")]
+
+
 def _names(members: int) -> list[str]:
     """What the order of each member's data is drawn from."""
     return ["reward_model", *(f"reward_model {i}" for i in range(1, members))]
@@ -130,7 +144,13 @@ def _uncalibrated(run: Run, params) -> RewardModel:
         params = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), params)
     members = 1 if config.combine == "weights" else config.members
     zero, one = (jax.device_put(jnp.float32(x), run.placement.whole) for x in (0, 1))
-    return RewardModel(params, jnp.zeros(members) + zero, zero, one, config.combine, config.uncertainty_coef)
+    found = RewardModel(params, jnp.zeros(members) + zero, zero, one, config.combine, config.uncertainty_coef)
+    if not config.by_principle:
+        return found
+    principles = select("reward_model", run.config.constitution, ("comparison",))[0]
+    weights = np.array([principle.weight for principle in principles], np.float32)
+    weights = jax.device_put(weights / weights.sum(), run.placement.whole)
+    return found.replace(weights=weights, principles=tuple(principle.id for principle in principles))
 
 
 def _finish(run: Run, params, table: Mapping[str, list], comparisons: Comparisons) -> None:

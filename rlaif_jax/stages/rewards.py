@@ -1,19 +1,23 @@
 """The parts of a reward that need the text of a response: the judge's rating, a verifier, a format, a length.
 
-And the gold reward, of the same judge or another and of a verifier, that is measured and not trained on.
+And the gold reward, of a judge, a verifier or the reward model of another run, that is measured and not trained on.
 """
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 
 from rlaif_jax.config import ScorersConfig
+from rlaif_jax.data.encoding import encode_prompts, encode_responses
+from rlaif_jax.errors import UserError, blame
 from rlaif_jax.judge.score import Judge, JudgeConfig, load_judge, rate
+from rlaif_jax.stages.folders import stage_folder
 from rlaif_jax.stages.replies import Replies
-from rlaif_jax.stages.reward_model import score
-from rlaif_jax.stages.run import Run
+from rlaif_jax.stages.reward_model import load_reward_model, score
+from rlaif_jax.stages.run import Run, reopen_run
 from rlaif_jax.stages.verifier import Verifier, find_verifier, verified
 from rlaif_jax.training.reward_models import RewardModel
 from rlaif_jax.training.sequences import Sequences
@@ -30,6 +34,7 @@ class Scorers:
     group: str  # where the config has them
     judge: Judge | None
     verifier: Verifier | None
+    reward_model: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None  # another run's
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Parts:
         """What they make of each response."""
@@ -39,6 +44,8 @@ class Scorers:
         if self.verifier:
             values = verified(self.verifier, prompts, responses, self.config.verifier_function, self.group)
             parts["verifier"] = self.config.verifier, values
+        if self.reward_model:
+            parts["reward_model"] = self.config.reward_model, self.reward_model(prompts, responses)
         return parts
 
 
@@ -82,7 +89,8 @@ class Gold:
     @property
     def needed(self) -> bool:
         """Whether there is one: any part of it has a weight."""
-        return bool(self.scorers.config.judge or self.scorers.config.verifier)
+        config = self.scorers.config
+        return bool(config.judge or config.verifier or config.reward_model)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """The weighted sum of its parts: [n] float64, NaN where one of them is missing."""
@@ -141,7 +149,37 @@ def load_gold(run: Run) -> Gold:
     """As `load_rewards`, of the gold reward; its judge knows what it says, be the other one shuffled."""
     gold, judge = run.config.rl.gold, run.config.judge
     judge = dataclasses.replace(judge, weights=gold.judge_weights or judge.weights, shuffle_weights=False)
-    return Gold(_load(run, gold, "rl.gold", judge))
+    scorers = _load(run, gold, "rl.gold", judge)
+    return Gold(dataclasses.replace(scorers, reward_model=_other_reward_model(run) if gold.reward_model else None))
+
+
+def normalisation_file(workdir: str) -> epath.Path:
+    """What says that the reward model of another run is trained. Raises UserError where it is not."""
+    file = stage_folder(epath.Path(workdir), "reward_model") / "normalisation.json"
+    if not file.exists():
+        raise UserError(
+            f"config.rl.gold.reward_model_run={workdir}: {file} is missing: run its stage reward_model first"
+        )
+    return file
+
+
+def _other_reward_model(run: Run) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+    """What scores texts by the reward model of `rl.gold.reward_model_run`: [n] each, through that run's tokenizer.
+
+    Of a response that is too long for that model, what fits is scored. Raises UserError for a prompt that is.
+    """
+    normalisation_file(run.config.rl.gold.reward_model_run)
+    other = reopen_run(epath.Path(run.config.rl.gold.reward_model_run), run.placement.mesh)
+    model, tokenizer, policy = load_reward_model(other), other.tokenizer(), other.config.policy
+
+    def scored(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        with blame("rl.gold.reward_model_run"):
+            encoded = encode_prompts(tokenizer, prompts, policy.max_prompt_length)
+        ended = [True] * len(responses)
+        sequences = Sequences(*encoded, *encode_responses(tokenizer, responses, policy.max_response_length, ended))
+        return score(other, model, sequences, run.config.evaluation.batch_size).astype(float)
+
+    return scored
 
 
 def _load(run: Run, config: ScorersConfig, group: str, judge_config: JudgeConfig) -> Scorers:

@@ -14,9 +14,10 @@ import grain.python as grain
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.config import Config, flatten
+from rlaif_jax.config import Config, flatten, nested, parse
 from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.errors import UserError, blame
@@ -102,10 +103,12 @@ class Run:
 
     def start(self) -> tuple["Run", str]:
         """Where this round's policy begins, which is also what it is held near: a run's round and a stage of it."""
-        return (self, "sft") if self.round == 1 else (self.in_round(self.round - 1), self.config.policy_stage)
+        if self.round > 1:
+            return self.in_round(self.round - 1), self.config.policy_stage
+        return self, "sl_cai" if "sl_cai" in self.config.stages else "sft"
 
     def start_params(self):
-        """The parameters that this round's policy begins with: those of SFT, or of the round before."""
+        """The parameters that this round's policy begins with: those of SL-CAI or SFT, or of the round before."""
         run, stage = self.start()
         return run.trained_params(stage, self.language_model())
 
@@ -162,6 +165,21 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
     return run
+
+
+def reopen_run(workdir: epath.Path, mesh: Mesh) -> Run:
+    """The run, or the cell of a sweep, that has been made in a folder, for another one to read from; on its mesh.
+
+    Raises UserError where there is none, or one of another version.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{file} is missing: {workdir} is no folder of rlaif_jax.main")
+    try:
+        config = parse(nested(read_json(file)["config"]))
+    except UserError as error:
+        raise UserError(f"{file} is of another version: {error}") from error
+    return Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
 
 
 def with_seed(config: Config, workdir: epath.Path | None) -> Config:

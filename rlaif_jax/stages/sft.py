@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from rlaif_jax.config import BestOfNConfig, SFTConfig
+from rlaif_jax.config import BestOfNConfig, SFTConfig, SLCAIConfig
 from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
@@ -34,7 +34,11 @@ def run_sft(run: Run) -> None:
 
 
 def tune(
-    run: Run, stage: str, config: SFTConfig | BestOfNConfig, rows: list[list[Example]], initial: Callable[[], dict]
+    run: Run,
+    stage: str,
+    config: SFTConfig | SLCAIConfig | BestOfNConfig,
+    rows: list[list[Example]],
+    initial: Callable[[], dict],
 ) -> None:
     """Trains on packed rows from the parameters that `initial` gives; writes the checkpoints of a stage."""
     row_length = run.config.sft.row_length
@@ -63,12 +67,20 @@ def tune(
 
 def demonstration_rows(run: Run) -> list[list[Example]]:
     """The demonstrations that share a row of SFT, in a shuffled order that is the run's."""
-    config, tokenizer = run.config.sft, run.tokenizer()
-    demonstrations = teacher_demonstrations(run) if config.teacher.weights else run.data("demonstrations")
-    prompts = prompt_tokens(tokenizer, demonstrations["prompt"])
-    replies = texts_to_tokens(tokenizer, demonstrations["reply"])
+    return packed_replies(run, demonstrations(run))
+
+
+def demonstrations(run: Run) -> dict[str, list]:
+    """Columns `prompt` and `reply`: what the data demonstrates, or a teacher."""
+    return teacher_demonstrations(run) if run.config.sft.teacher.weights else run.data("demonstrations")
+
+
+def packed_replies(run: Run, columns: dict[str, list]) -> list[list[Example]]:
+    """The examples of columns `prompt` and `reply` that share a row of SFT, in a shuffled order that is the run's."""
+    tokenizer = run.tokenizer()
+    prompts, replies = prompt_tokens(tokenizer, columns["prompt"]), texts_to_tokens(tokenizer, columns["reply"])
     examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
-    return packed(examples, config, run.order_seed("packing"))
+    return packed(examples, run.config.sft, run.order_seed("packing"))
 
 
 def packed(examples: list[Example], config: SFTConfig, seed: int) -> list[list[Example]]:

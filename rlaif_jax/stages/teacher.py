@@ -3,9 +3,6 @@
 (Sharma et al., arXiv 2402.12366: much of it, where the teacher of SFT is weaker than the judge.)
 """
 
-import dataclasses
-
-import jax
 import pyarrow as pa
 
 from rlaif_jax.data import tokenizers
@@ -13,11 +10,9 @@ from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_parquet, write_parquet
 from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import decoding_model, decoding_parameters, place_parameters
-from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.sampling.continuous import Sampler
 from rlaif_jax.sampling.stopping import make_stopping
-from rlaif_jax.stages.replies import keep_rows
+from rlaif_jax.stages.replies import keep_rows, loaded_decoder
 from rlaif_jax.stages.run import Run
 
 
@@ -54,9 +49,6 @@ def _taught(run: Run) -> dict[str, list]:
 
 def _sampler(run: Run, reader, tokenizer) -> Sampler:
     config = run.config.sft.teacher
-    model = LanguageModel(dataclasses.replace(gguf.model_config(reader), dtype=config.dtype))
-    with jax.set_mesh(run.placement.mesh):
-        placed = place_parameters(model, gguf.load_parameters(reader), run.placement)
-        parameters = decoding_parameters(model, placed, run.placement)
+    model, parameters = loaded_decoder(run, reader, config.dtype)
     stopping, limit = make_stopping(tokenizer), config.max_new_tokens
-    return Sampler(decoding_model(model), parameters, run.placement, stopping, config.sampling, limit, config.sampler)
+    return Sampler(model, parameters, run.placement, stopping, config.sampling, limit, config.sampler)

@@ -23,12 +23,44 @@ class RewardModel(struct.PyTreeNode):
     scale: jax.Array  # [] float32: the calibration of that
     how: str = struct.field(pytree_node=False)  # a name in `losses.reward.COMBINATIONS`
     uncertainty_coef: float = struct.field(pytree_node=False)
+    weights: jax.Array | None = None  # [members] float32 with sum 1, of a mean; None where they count alike
+    principles: tuple[str, ...] = struct.field(pytree_node=False, default=())  # what each member learned, where it did
 
 
 def rewards_of(model: ScalarModel, reward_model: RewardModel, sequences: Sequences) -> jax.Array:
     """The reward of each response: [batch] float32."""
-    each = member_rewards(model, reward_model.params, sequences) - reward_model.means[:, None]
-    return reward_model.scale * (combine(each, reward_model.how, reward_model.uncertainty_coef) - reward_model.offset)
+    return combined_reward(reward_model, centred_rewards(model, reward_model, sequences))
+
+
+def centred_rewards(model: ScalarModel, reward_model: RewardModel, sequences: Sequences) -> jax.Array:
+    """What each member says, less its mean on samples of the SFT policy: [members, batch] float32."""
+    return member_rewards(model, reward_model.params, sequences) - reward_model.means[:, None]
+
+
+def combined_reward(reward_model: RewardModel, each: jax.Array) -> jax.Array:
+    """The reward that `centred_rewards` come to: [batch] float32."""
+    together = combine(each, reward_model.how, reward_model.uncertainty_coef, reward_model.weights)
+    return reward_model.scale * (together - reward_model.offset)
+
+
+def principle_metrics(reward_model: RewardModel, each: jax.Array) -> dict[str, jax.Array]:
+    """Of each principle that has a member, the mean reward and its share of the variance of the reward over the batch.
+
+    The share is the covariance of the principle's part with the reward, over the reward's variance: the shares come to
+    1, and one is negative where a principle holds against the others. All are 0 where the reward does not vary.
+
+    each: [members, batch] float32, `centred_rewards`.
+    """
+    if not reward_model.principles:
+        return {}
+    parts = reward_model.weights[:, None] * each
+    deviations = parts - jnp.mean(parts, axis=1, keepdims=True)
+    total = jnp.sum(deviations, axis=0)
+    variance = jnp.sum(total**2)
+    shares = jnp.where(variance > 0, deviations @ total / jnp.maximum(variance, 1e-30), 0.0)
+    means = reward_model.scale * jnp.mean(each, axis=1)
+    metrics = {f"reward/principle/{name}": means[i] for i, name in enumerate(reward_model.principles)}
+    return metrics | {f"reward/principle_share/{name}": shares[i] for i, name in enumerate(reward_model.principles)}
 
 
 def member_rewards(model: ScalarModel, params, sequences: Sequences) -> jax.Array:

@@ -16,7 +16,7 @@ from rlaif_jax.losses.kl import adapt, k1, k2, k3
 from rlaif_jax.losses.logprobs import entropy_and_kl
 from rlaif_jax.losses.policy import truncated_weights
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel, unembedding
-from rlaif_jax.training.reward_models import RewardModel, rewards_of
+from rlaif_jax.training.reward_models import RewardModel, centred_rewards, combined_reward, principle_metrics
 from rlaif_jax.training.sequences import Sequences, logprobs_of, response_states, response_values
 from rlaif_jax.training.state import TrainState
 
@@ -150,8 +150,11 @@ def make_rollout(
     ref_logprobs = logprobs_of(ref_states, reference, sequences, temperature)
     matrices = unembedding(state.params), unembedding(reference)
     entropy, full_kl = entropy_and_kl(states, matrices[0], ref_states, matrices[1], temperature)
+    by_principle = {}
     if reward_model is not None:
-        scores = scores + config.rewards.reward_model * rewards_of(scalar_model, reward_model, sequences)
+        each = centred_rewards(scalar_model, reward_model, sequences)
+        scores = scores + config.rewards.reward_model * combined_reward(reward_model, each)
+        by_principle = principle_metrics(reward_model, each)
 
     valid = jnp.isfinite(scores)
     mask = sequences.response_mask & valid[:, None]
@@ -202,7 +205,7 @@ def make_rollout(
         sequences, mask, old_logprobs, ref_logprobs, ref_states if keep_states else None, importance, advantages,
         values, returns,
     )  # fmt: skip
-    return rollout, Control(kl_coef, moments), scores, metrics
+    return rollout, Control(kl_coef, moments), scores, metrics | by_principle
 
 
 def _advantages(scores, log_ratio, kl_coef, values, mask, valid, config: RLConfig):

@@ -56,8 +56,8 @@ def test_swapping_the_responses_swaps_the_label_and_the_order_of_members_is_noth
 
 def test_a_pair_needs_two_scores_and_more_than_half_of_the_members():
     scored = lambda *some: np.where(some, 0.7, NAN)[:, None]  # noqa: E731
-    assert all(enough(scored(*some))[0] for some in ((1, 1), (1, 1, 0), (1, 1, 1, 0)))
-    assert not any(enough(scored(*some))[0] for some in ((1, 0), (1, 0, 0), (1, 1, 0, 0), (0, 0), (1,)))
+    assert all(enough(scored(*some))[0] for some in ((1, 1), (1, 1, 0), (1, 1, 1, 0), (1,)))
+    assert not any(enough(scored(*some))[0] for some in ((1, 0), (1, 0, 0), (1, 1, 0, 0), (0, 0), (0,)))
 
 
 def test_disagreement_is_the_variance_and_the_entropy_of_the_vote():

@@ -20,6 +20,8 @@ GOOD = {
 REASONING = {"cue": " Why:", "stop": ["."]}
 
 
+# Templates of other forms than those of the paper's tasks.
+BY_ITSELF = ("everyday_requests", "everyday_principles", "constitution")
 PLAIN = PromptConfig("", "base", 1, "", "pairwise", chain_of_thought=False, chat=False)
 PAIR = Pair("p", "x", "y")
 
@@ -96,7 +98,7 @@ def test_worked_examples_come_from_the_template_or_from_a_file(tmp_path):
         template(tmp_path, {"method": "axes"}, axes={"true": " Truer:"})
 
 
-@pytest.mark.parametrize("name", [file.stem for file in TEMPLATES.glob("*.yaml") if file.stem != "everyday_requests"])
+@pytest.mark.parametrize("name", [file.stem for file in TEMPLATES.glob("*.yaml") if file.stem not in BY_ITSELF])
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("chain_of_thought", [False, True])
 @pytest.mark.parametrize("preamble", ["base", "detailed"])
@@ -217,6 +219,35 @@ def test_a_rationale_that_ends_at_once_or_leads_to_no_question_is_refused(tmp_pa
             template(tmp_path, REASONED, reasoning=REASONING | {"stop": stop})
     with pytest.raises(UserError, match="needs a verdict"):
         template(tmp_path, REASONED, reasoning=REASONING, verdict="")
+
+
+BY_PRINCIPLE = {
+    "comparison": "Q {prompt} A {response_1} B {response_2} P {principle}",
+    "examples": [GOOD["examples"][0] | {"principle": "Be kind."}],
+}
+
+
+def test_a_principle_is_put_in_its_place_in_pairs_and_in_examples(tmp_path):
+    found = template(tmp_path, **BY_PRINCIPLE)
+    assert found.preamble == "Judge.\n\nQ p A x B y P Be kind. Best: two\n\n"
+    under = Pair("p", "x", "y", "id", "Be {true}.")
+    assert texts(found, under) == ["Q p A x B y P Be {true}. Best:", "Q p A y B x P Be {true}. Best:"]
+    assert found.by_principle and not template(tmp_path).by_principle
+    with pytest.raises(UserError, match="asks for the principle of a pair, and this one has none"):
+        found.asked(PAIR)
+    with pytest.raises(UserError, match=r"example 0: .*example\.principle"):
+        template(tmp_path, **BY_PRINCIPLE | {"examples": GOOD["examples"]})
+
+
+@pytest.mark.parametrize("name", ["constitution", "everyday_principles"])
+@pytest.mark.parametrize("shots", [2, 4])
+def test_the_templates_for_a_constitution_have_principles_and_both_slots_are_right_equally_often(name, shots):
+    found = load_template(dataclasses.replace(PLAIN, template=name, shots=shots))
+    assert found.by_principle and not found.inverted
+    assert [found.preamble.count(found.questions[0] + choice) for choice in found.choices] == [shots // 2] * 2
+    (first, _), (again, _) = (texts(found, Pair("p", "x", "y", "id", text)) for text in ("Be kind.", "Be true."))
+    assert first[: first.index("Be kind.")] == again[: again.index("Be true.")]  # what principles share comes first
+    assert first.index("y") < first.index("Be kind.")
 
 
 def test_an_unknown_template_names_the_known_ones():

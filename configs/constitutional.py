@@ -1,0 +1,65 @@
+"""Constitutional AI from red-team prompts to RL (Bai et al., arXiv 2212.08073): SFT, critique and revision, SFT on the
+revisions, labels under principles, a reward model, RL, evaluation. docs/constitution_sl.md says what each step keeps.
+
+    python -m rlaif_jax.main --config=configs/constitutional.py --workdir=runs/constitutional  # one GPU
+    python -m rlaif_jax.main --config=configs/constitutional.py:smoke --workdir=runs/cai_smoke  # a CPU, minutes
+    python -m rlaif_jax.main --config=configs/constitutional.py:hh,smoke --workdir=runs/cai_hh --config.data.root=DIR
+
+Arms, one or more words with commas between them: default, SmolLM2-135M-Instruct as policy, reviser and judge on the
+embedded corpus with its red-team requests; hh, on prompts of HH-RLHF instead, at the scale of configs/tasks.py; smoke,
+a small policy from scratch on a fraction of either. hh reads hh_prompts_{harmless,helpful}.jsonl.gz (the first turns
+of harmless-base and helpful-base), hh_helpful_train.jsonl.gz and hh_harmless_test.jsonl.gz in `config.data.root`.
+"""
+
+from ml_collections import config_dict
+
+from configs import quickstart, smollm2
+from configs.parts import constitutional, optimizer, source
+from configs.tasks import task
+
+ARMS = ("default", "hh", "smoke")
+
+
+def get_config(arm: str = "default") -> config_dict.ConfigDict:
+    """The config of an arm."""
+    words = arm.split(",")
+    if unknown := [word for word in words if word not in ARMS]:
+        raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
+    if "hh" in words:
+        return _hh("smoke" in words)
+    if "smoke" in words:
+        return quickstart.get_config("constitutional,smoke")
+    config = smollm2.get_config("constitutional")
+    config.critique.update(prompts=512, weights="", dtype="bfloat16", commit_every=128)  # the policy revises itself
+    config.critique.sampler.update(slots=128, refill=32)
+    config.sl_cai.optimizer.learning_rate = config.sft.optimizer.learning_rate
+    return config
+
+
+def _hh(smoke: bool) -> config_dict.ConfigDict:
+    sources = dict(
+        demonstrations=source("jsonl", "hh_helpful_train.jsonl.gz", prompt="prompt", reply="chosen"),
+        train_prompts=source("jsonl", "hh_prompts_*.jsonl.gz", prompt="prompt"),
+        red_team_prompts=source("jsonl", "hh_prompts_harmless.jsonl.gz", prompt="prompt"),
+        evaluation_prompts=source("jsonl", "hh_harmless_test.jsonl.gz", prompt="prompt"),
+        comparisons=source(),
+        evaluation_comparisons=source(),
+    )
+    config = task("smoke" if smoke else "rlaif", "dialogue", "harmless", sources, sources, reward_model_batch_size=32)
+    constitutional(config)
+    config.label.audit_pairs = 0
+    config.constitution.file = "assistant"
+    config.judge.prompt.template = "constitution"
+    config.label.principles = "draw"
+    config.critique.update(template="dialogue", shots=3)
+    if smoke:
+        config.critique.update(prompts=8, rounds=1, max_new_tokens=64, max_failure_rate=0.9)
+        config.sl_cai.update(steps=4, checkpoint_every=2)
+        return config
+    # Four revisions of every prompt, as in the paper, at temperature 1.
+    config.critique.update(prompts=8_000, rounds=4, max_new_tokens=192, dtype="bfloat16", commit_every=1024)
+    config.critique.revision_sampling.temperature = 1.0
+    config.critique.sampler.update(slots=128, refill=16, chunk=16, prompt_buckets=4, bucket_multiple=64)
+    config.sl_cai.update(steps=900, batch_size=64, max_skipped_updates=10, checkpoint_every=100)
+    config.sl_cai.optimizer = optimizer(1e-5, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    return config

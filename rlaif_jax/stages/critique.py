@@ -1,0 +1,259 @@
+"""Critique and revision (Bai et al., arXiv 2212.08073, section 3): replies to red-team prompts, made better on request.
+
+The SFT policy replies to each prompt. In every round a principle of the constitution is drawn for each reply; the
+reviser criticises the reply and rewrites it, and the next round goes on from there.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import pyarrow as pa
+from etils import epath
+from transformers import PreTrainedTokenizerFast
+
+from rlaif_jax.data import tokenizers
+from rlaif_jax.data.encoding import texts_to_tokens
+from rlaif_jax.errors import UserError, blame
+from rlaif_jax.evaluation.statistics import Figure, mean_ci
+from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.judge.constitution import Principle, draw, load_constitution, principles_for
+from rlaif_jax.judge.critiques import CritiqueTemplate, load_critique_template
+from rlaif_jax.judge.score import read_prefix
+from rlaif_jax.models import gguf
+from rlaif_jax.models.parameters import decoding_model, decoding_parameters
+from rlaif_jax.sampling.continuous import Sampler
+from rlaif_jax.sampling.stopping import cut, make_stopping
+from rlaif_jax.stages.replies import keep_replies, keep_rows, loaded_decoder
+from rlaif_jax.stages.run import Run, shuffled_batches
+
+_WRITTEN = pa.struct([
+    ("prompt", pa.string()),  # what the reviser was asked, after the preamble that the manifest has
+    ("hash", pa.string()),  # of preamble and prompt
+    ("text", pa.string()),
+    ("tokens", pa.int32()),
+    ("status", pa.string()),  # "ok", "prompt_too_long" (for the reviser), "empty", "cut" or "too_long" (for the policy)
+])  # fmt: skip
+_ROUND = pa.struct([
+    ("principle", pa.string()),
+    ("critique", _WRITTEN),  # null with revise_only
+    ("revision", _WRITTEN),  # null where the critique failed
+    ("status", pa.string()),  # "ok", or "critique_" or "revision_" and the status of what failed
+    ("text", pa.string()),  # the last good reply
+])  # fmt: skip
+SCHEMA = pa.schema([
+    ("prompt", pa.string()),
+    ("response", pa.string()),  # of the SFT policy
+    ("ended", pa.bool_()),  # False where the response reached its limit
+    ("rounds", pa.list_(_ROUND)),
+])  # fmt: skip
+
+
+def run_critique(run: Run) -> None:
+    """Reads the SFT policy and the red-team prompts; writes `critique/revisions.parquet`, manifest and results.
+
+    A text is kept in shards as soon as it is made, and never made again. Raises UserError where more of a round's
+    revisions have failed than `critique.max_failure_rate`.
+    """
+    folder, config = run.folder("critique"), run.config.critique
+    file, needed = folder / "revisions.parquet", ("revision",) if config.revise_only else ("critique", "revision")
+    principles = principles_for("critique", run.config.constitution, needed)
+    template = critique_template(run)
+    if not file.exists():
+        write_parquet(file, pa.Table.from_pylist(_revised(run, principles, template), SCHEMA))
+    for step in ("replies_sft", *_step_names(config.rounds)):
+        (folder / step).rmtree(missing_ok=True)  # the shards of what the file now has
+    rows = read_parquet(file).to_pylist()
+    write_json(folder / "manifest.json", _manifest(run, principles, template, rows))
+    write_json(folder / "results.json", _figures(run, rows))
+
+
+def critique_template(run: Run) -> CritiqueTemplate:
+    """What the reviser is asked, and its worked examples."""
+    config = run.config.critique
+    with blame("critique.template"):
+        return load_critique_template(config.template, config.shots, config.revise_only)
+
+
+def texts(row: dict) -> list[str]:
+    """The reply in a row of `revisions.parquet`, at first and after each round."""
+    return [row["response"], *(step["text"] for step in row["rounds"])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reviser:
+    """A model that has read the template's preamble, and continues what follows."""
+
+    template: CritiqueTemplate
+    tokenizer: PreTrainedTokenizerFast
+    sampler: Sampler
+    room: int  # tokens that a prompt may have
+    commit_every: int
+
+    def write(
+        self, prompts: Sequence[str | None], principles: Sequence[str], key: jax.Array, folder: epath.Path
+    ) -> list[dict | None]:
+        """What is written after each prompt, as a row of `_WRITTEN`; None after None."""
+        about = [
+            {"prompt": prompt, "hash": prompt and self.template.hash(prompt), "principle": principle}
+            for prompt, principle in zip(prompts, principles, strict=True)
+        ]
+        tokens = texts_to_tokens(self.tokenizer, [prompt or "" for prompt in prompts])
+        skipped = {i for i, row in enumerate(tokens) if prompts[i] is None or len(row) > self.room}
+        asked = [[self.tokenizer.eos_token_id] if i in skipped else row for i, row in enumerate(tokens)]
+        rows = keep_rows(self.sampler, self.tokenizer, asked, 1, key, folder, self.commit_every, skipped, about)
+        return [self._written(prompt, rows.get(i)) for i, prompt in enumerate(prompts)]
+
+    def _written(self, prompt: str | None, reply: dict | None) -> dict | None:
+        if prompt is None:
+            return None
+        row = {"prompt": prompt, "hash": self.template.hash(prompt)}
+        if reply is None:
+            return row | {"text": "", "tokens": 0, "status": "prompt_too_long"}
+        text = cut(reply["text"], self.template.stop).strip()
+        status = "cut" if not reply["ended"] else "ok" if text else "empty"
+        return row | {"text": text, "tokens": len(reply["tokens"]), "status": status}
+
+
+def _load_reviser(run: Run, template: CritiqueTemplate, params) -> _Reviser:
+    """`params`: the SFT policy's. Raises UserError where the preamble leaves no room for a prompt."""
+    config = run.config.critique
+    if config.weights:
+        reader = gguf.open_gguf(config.weights)
+        tokenizer = tokenizers.from_gguf(reader)
+        model, parameters = loaded_decoder(run, reader, config.dtype)
+    else:
+        tokenizer, model = run.tokenizer(), decoding_model(run.language_model())
+        parameters = decoding_parameters(run.language_model(), params, run.placement)
+    (preamble,) = texts_to_tokens(tokenizer, [template.preamble])
+    room = model.config.max_position_embeddings - len(preamble) - config.max_new_tokens
+    if room <= 0:
+        raise UserError(
+            f"config.critique: the {config.shots} examples of template {template.name} have {len(preamble)} tokens, "
+            f"which leaves no room in the {model.config.max_position_embeddings} that the reviser reads: lower "
+            "critique.shots"
+        )
+    prefix = read_prefix(model, parameters, jnp.asarray([preamble], jnp.int32)) if preamble else None
+    stopping, limit = make_stopping(tokenizer, template.stop), config.max_new_tokens
+    sampler = Sampler(
+        model, parameters, run.placement, stopping, config.revision_sampling, limit, config.sampler, prefix
+    )
+    return _Reviser(template, tokenizer, sampler, room, config.commit_every)
+
+
+def _revised(run: Run, principles: Sequence[Principle], template: CritiqueTemplate) -> list[dict]:
+    """The rows of `revisions.parquet`."""
+    config, folder = run.config.critique, run.folder("critique")
+    drawn = shuffled_batches(run.data("red_team_prompts")["prompt"], 1, run.order_seed("critique"), "critique.prompts")
+    prompts = [drawn[i][0] for i in range(config.prompts)]
+    params, key = run.trained_params("sft", run.language_model()), run.key("critique")
+    shards = folder / "replies_sft"
+    replies = keep_replies(run, params, prompts, 1, key, config.sampling, shards, config.commit_every)
+    rows = [
+        {"prompt": prompt, "response": text, "ended": ended, "rounds": []}
+        for prompt, text, ended in zip(prompts, replies.texts, replies.ended, strict=True)
+    ]
+    reviser = _load_reviser(run, template, params)
+    for number in range(config.rounds):
+        chosen = draw(principles, run.order_seed(f"principles of round {number}"), range(len(rows)))
+        steps = _revise(run, reviser, rows, chosen, number)
+        _check_failures(run, steps, number)
+        for row, step in zip(rows, steps, strict=True):
+            row["rounds"].append(step)
+    return rows
+
+
+def _step_names(rounds: int) -> list[str]:
+    return [f"{step}_{number + 1}" for number in range(rounds) for step in ("critique", "revision")]
+
+
+def _revise(run: Run, reviser: _Reviser, rows: list[dict], principles: Sequence[Principle], number: int) -> list[dict]:
+    """Round `number` of every row, as `_ROUND`."""
+    template, folder, ids = reviser.template, run.folder("critique"), [principle.id for principle in principles]
+    critique_step, revision_step = _step_names(number + 1)[-2:]
+    asked = [
+        template.critique_prompt(row["prompt"], texts(row)[-1], principle.critique)
+        for row, principle in zip(rows, principles, strict=True)
+    ]
+    critiques = [None] * len(rows)
+    if template.critique:
+        critiques = reviser.write(asked, ids, run.key("critiques", number), folder / critique_step)
+    good = [critique is None or critique["status"] == "ok" for critique in critiques]
+    then_asked = [
+        template.revision_prompt(asked[i], critiques[i]["text"] if critiques[i] else "", principle.revision)
+        if good[i]
+        else None
+        for i, principle in enumerate(principles)
+    ]
+    revisions = reviser.write(then_asked, ids, run.key("revisions", number), folder / revision_step)
+    return [
+        _round(run, principle, critique, revision, texts(row)[-1])
+        for principle, critique, revision, row in zip(ids, critiques, revisions, rows, strict=True)
+    ]
+
+
+def _round(run: Run, principle: str, critique: dict | None, revision: dict | None, before: str) -> dict:
+    if revision and revision["status"] == "ok":
+        (tokens,) = texts_to_tokens(run.tokenizer(), [revision["text"]])
+        if len(tokens) >= run.config.policy.max_response_length:
+            revision = revision | {"status": "too_long"}
+    status = f"revision_{revision['status']}" if revision else f"critique_{critique['status']}"
+    ok = status == "revision_ok"
+    return {
+        "principle": principle,
+        "critique": critique,
+        "revision": revision,
+        "status": "ok" if ok else status,
+        "text": revision["text"] if ok else before,
+    }
+
+
+def _check_failures(run: Run, steps: list[dict], number: int) -> None:
+    statuses, limit = collections.Counter(step["status"] for step in steps), run.config.critique.max_failure_rate
+    rate = 1 - statuses.pop("ok", 0) / len(steps)
+    if rate > limit:
+        raise UserError(
+            f"stage critique: {rate:.1%} of the revisions of round {number + 1} failed ({dict(statuses)}), more than "
+            f"config.critique.max_failure_rate={limit:g}: their texts are in {run.folder('critique')}"
+        )
+
+
+def _manifest(run: Run, principles: Sequence[Principle], template: CritiqueTemplate, rows: list[dict]) -> dict:
+    """Who revised, with what prompts and principles, and how the rounds ended."""
+    weights, constitution = run.config.critique.weights, load_constitution(run.config.constitution.file)
+    rounds = list(zip(*(row["rounds"] for row in rows), strict=True))
+    return {
+        "reviser": weights or "the SFT policy",
+        "reviser_hash": gguf.weights_hash(weights) if weights else None,
+        "template": template.name,
+        "template_hash": template.digest,
+        "preamble": template.preamble,
+        "constitution": constitution.name,
+        "constitution_digest": constitution.digest,
+        "principles": [dataclasses.asdict(principle) for principle in principles],
+        "rows": len(rows),
+        "rounds": [
+            {name: dict(collections.Counter(step[name] for step in steps)) for name in ("status", "principle")}
+            for steps in rounds
+        ],
+    }
+
+
+def _figures(run: Run, rows: list[dict]) -> dict[str, Figure]:
+    """How good the replies are by the ground truth, first and after each round; what failed or changed in a round."""
+    mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
+    truth, figures, names = run.ground_truth(), {}, ["first"]
+    for number in range(run.config.critique.rounds):
+        name = f"revision_{number + 1}"
+        steps = [row["rounds"][number] for row in rows]
+        figures[f"critique_failed/{name}"] = mean([step["status"] != "ok" for step in steps])
+        figures[f"critique_changed/{name}"] = mean([texts(row)[number] != texts(row)[number + 1] for row in rows])
+        names.append(name)
+    if truth and all(truth.knows(row["prompt"]) for row in rows):
+        for number, name in enumerate(names):
+            grades = [truth.grades(row["prompt"], texts(row)[number]) for row in rows]
+            figures |= {f"critique_{grade}/{name}": mean([x[grade] for x in grades]) for grade in grades[0]}
+    return figures
