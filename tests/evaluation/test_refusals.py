@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from rlaif_jax.data import embedded_harmless
 from rlaif_jax.evaluation.refusals import refusal
 from rlaif_jax.evaluation.statistics import cohen_kappa
 
@@ -30,6 +31,13 @@ EXAMPLES = {
 def test_what_declines_at_once_is_a_refusal(text):
     assert refusal(text) == EXAMPLES[text]
     assert refusal(text.upper()) == EXAMPLES[text] == refusal(f"\n {text} ")
+
+
+def test_the_refusals_of_the_embedded_corpus_are_seen():
+    for text in (*embedded_harmless.REFUSALS, *embedded_harmless.CURT_REFUSALS):
+        assert refusal(text) == "refusal", text
+    answers = (kind.harmful_answers + kind.better_answers for kind in embedded_harmless.RED_TEAM_KINDS.values())
+    assert {refusal(text) for texts in answers for text in texts} == {"compliance"}
 
 
 def test_kappa_is_that_of_the_table_of_agreements():

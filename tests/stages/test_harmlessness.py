@@ -155,6 +155,9 @@ def test_without_red_team_prompts_all_are_rated_and_without_templates_none(judge
     assert not any(name.startswith(("helpful", "refusal_rate_red_team")) for name in some)
     none = evaluated(opened(judge, tmp_path / "none", [""] * 7, **two, **off))
     assert none == {name: figure for name, figure in some.items() if not name.startswith(("harmless", "refusal"))}
+    measured = ("response_length", "entropy", "distinct_2", "most_common_reply")
+    by_policy = {f"{name}/{policy}" for name in measured for policy in ("sft", "rl")}
+    assert set(none) == {"win_rate/rl_vs_sft", "kl/rl_vs_sft", "judge_is_training_judge"} | by_policy
     assert not (tmp_path / "none" / "eval" / "ratings.parquet").exists()
 
 
