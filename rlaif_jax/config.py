@@ -58,20 +58,25 @@ class PanelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning on the demonstrations."""
-
-    teacher: TeacherConfig
+class TrainingConfig:
+    """What every stage that trains by steps over batches has."""
 
     steps: int
-    batch_size: int  # rows
-    row_length: int  # tokens; a row takes as many examples as fit (packing)
-    packing: bool  # False: one example a row
+    batch_size: int  # rows of packed examples, or pairs
     micro_batches: int  # parts of a batch worked on one after another, to save memory
     max_skipped_updates: int  # updates that may be left out, their loss or gradient not being finite
     checkpoint_every: int  # steps
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on the demonstrations."""
+
+    teacher: TeacherConfig
+    row_length: int  # tokens; a row takes as many examples as fit (packing)
+    packing: bool  # False: one example a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +99,10 @@ class CritiqueConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SLCAIConfig:
+class SLCAIConfig(TrainingConfig):
     """Supervised fine-tuning of the SFT policy on revisions, mixed with helpful demonstrations."""
 
     helpful_share: float  # of the examples: demonstrations to prompts that are not red-team prompts
-    steps: int
-    batch_size: int  # rows, as in sft
-    micro_batches: int  # as in sft
-    max_skipped_updates: int  # as in sft
-    checkpoint_every: int  # steps
-    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
-    optimizer: OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +132,9 @@ class PreferencesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardModelConfig:
+class RewardModelConfig(TrainingConfig):
     """The Bradley-Terry reward model."""
 
-    steps: int
-    batch_size: int  # pairs
-    micro_batches: int  # as in sft
-    max_skipped_updates: int  # as in sft
-    checkpoint_every: int  # steps
-    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     members: int  # trained side by side as one program, each with an order of the data and a head of its own
     combine: str  # "mean", "min" (worst case), "uncertainty" or "weights" (their average), see losses/reward.py
     by_principle: bool  # each member learns the labels of one principle; the mean is by the principles' weights
@@ -155,7 +147,6 @@ class RewardModelConfig:
     validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
     calibrate: bool  # scale the rewards by the factor that predicts the held-out labels best
     min_evidence: float  # standard errors by which they must beat chance there, lest calibration sets them to 0
-    optimizer: OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,8 +237,8 @@ class RLConfig:
     ptx_rows: int  # of demonstrations, beside each minibatch
     epochs: int  # passes over a rollout batch
     minibatches: int  # a pass
-    micro_batches: int  # as in sft, of a minibatch
-    max_skipped_updates: int  # as in sft
+    micro_batches: int  # as in the other stages, of a minibatch
+    max_skipped_updates: int  # as in the other stages
     value_init: str  # the value network of gae begins as "reward_model" or as "sft" with a new head
     clip_value: float  # 0: none
     alarms: AlarmsConfig
@@ -256,15 +247,9 @@ class RLConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(TrainingConfig):
     """The policy learns from pairs without a reward model: DPO, IPO or SLiC."""
 
-    steps: int
-    batch_size: int  # pairs
-    micro_batches: int  # as in sft
-    max_skipped_updates: int  # as in sft
-    checkpoint_every: int  # steps
-    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
     samples_every: int  # steps between entries of samples.jsonl, where pairs are made online
     max_unscored_rate: float  # online: a larger share of a step's pairs that the judge could not score stops the stage
     online: bool  # pairs of the live policy, judged at once (OAIF); False: those of the stage label
@@ -272,24 +257,16 @@ class PreferenceConfig:
     loss: str  # "dpo", "ipo" or "slic"
     beta: float
     length_normalise: bool  # log-ratios a token, not a response
-    optimizer: OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BestOfNConfig:
+class BestOfNConfig(TrainingConfig):
     """Rejection sampling: the best of n replies to a prompt, by `rl.rewards`, is what the policy is tuned on."""
 
     prompts: int  # training prompts
     samples: int  # n
     sampling: SamplingConfig
     commit_every: int  # replies written down at a time
-    steps: int
-    batch_size: int  # rows, as in sft
-    micro_batches: int  # as in sft
-    max_skipped_updates: int  # as in sft
-    checkpoint_every: int  # steps
-    keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
-    optimizer: OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

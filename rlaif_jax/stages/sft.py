@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from rlaif_jax.config import BestOfNConfig, SFTConfig, SLCAIConfig
+from rlaif_jax.config import SFTConfig, TrainingConfig
 from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
@@ -36,7 +36,7 @@ def run_sft(run: Run) -> None:
 def tune(
     run: Run,
     stage: str,
-    config: SFTConfig | SLCAIConfig | BestOfNConfig,
+    config: TrainingConfig,
     rows: list[list[Example]],
     initial: Callable[[], dict],
 ) -> None:
