@@ -102,7 +102,7 @@ def test_an_ensemble_keeps_what_each_principle_says_and_learns_their_mean_by_wei
         assert row["disagreement"] == pytest.approx(np.var([kind["prob_a"], honest["prob_a"]]))
         for one in (kind, honest):  # read together with the other principle, or by itself: the same
             alone = drawn.get((one["prompt"], one["response_a"], one["principle"]))
-            assert alone is None or alone["prob_a"] == pytest.approx(one["prob_a"], abs=1e-5)
+            assert alone is None or alone["prob_a"] == pytest.approx(one["prob_a"], abs=1e-4)
             assert alone is None or alone["hash_forward"] == one["hash_forward"]
     assert sum(kind["prob_a"] != honest["prob_a"] for kind, honest in zip(each[::2], each[1::2], strict=True)) > 8
 
