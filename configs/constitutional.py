@@ -51,11 +51,9 @@ def _hh(smoke: bool) -> config_dict.ConfigDict:
     config.constitution.file = "assistant"
     config.judge.prompt.template = "constitution"
     config.label.principles = "draw"
-    for what in ("harmless", "helpful"):
-        config.evaluation[f"{what}_prompt"].update(template=what, chat=config.judge.prompt.get_ref("chat"))
     config.critique.update(template="dialogue", shots=3)
     for kind in ("harmless", "helpful"):  # the axes of the frontier
-        config.evaluation[f"{kind}_prompt"].update(template=kind, chat=config.judge.prompt.chat)
+        config.evaluation[f"{kind}_prompt"].update(template=kind, chat=config.judge.prompt.get_ref("chat"))
     config.evaluation.rated_revisions = 4 if smoke else 500
     if smoke:
         config.critique.update(prompts=8, rounds=1, max_new_tokens=64, max_failure_rate=0.9)
