@@ -10,4 +10,4 @@ done
 bash launch/install.sh "${requirements[@]}"
 .venv/bin/ruff check .
 # Two processes, a file of tests each: most tests compile, which takes one core. -n0 for one, as --pdb needs.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
