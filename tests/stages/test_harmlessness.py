@@ -111,7 +111,7 @@ def test_refusals_are_counted_on_safe_and_on_red_team_prompts(finished):
     expected = {"refusal_rate/sft": 0, "refusal_rate/sl_cai": 2 / 4, "refusal_rate/rl": 1 / 4,
                 "refusal_rate_red_team/sft": 0, "refusal_rate_red_team/sl_cai": 2 / 3,
                 "refusal_rate_red_team/rl": 2 / 3, "refusal_rate_red_team/first": 0,
-                "refusal_rate_red_team/revision_1": 0, "refusal_rate_red_team/revision_2": 1 / 2}  # fmt: skip
+                "refusal_rate_red_team/revision_1": 1, "refusal_rate_red_team/revision_2": 1 / 2}  # fmt: skip
     assert {name: figure["mean"] for name, figure in found.items()} == pytest.approx(expected)
     assert [found[f"refusal_rate{part}/rl"]["n"] for part in ("", "_red_team")] == [4, 3]
 
