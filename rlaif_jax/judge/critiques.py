@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.prompts import load_yaml, text_hash
+from rlaif_jax.judge.prompts import load_yaml, template_file, text_hash
 
 TEMPLATES = epath.Path(__file__).parent / "critiques"
 _EXAMPLE = ("prompt", "response", "critique_request", "critique", "revision_request", "revision")
@@ -58,10 +58,7 @@ def load_critique_template(name: str, shots: int, revise_only: bool) -> Critique
     before each prompt. With `revise_only` neither they nor the prompts have critiques. Raises UserError for a missing
     file, field or placeholder.
     """
-    path = epath.Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
-    if not path.exists():
-        known = sorted(file.stem for file in TEMPLATES.glob("*.yaml"))
-        raise UserError(f"no critique template {name!r}; there are {', '.join(known)}, or give the path of a YAML file")
+    path = template_file(name, TEMPLATES, "critique template")
     fields = load_yaml(path)
     try:
         return _template(path.stem, fields, shots, revise_only)

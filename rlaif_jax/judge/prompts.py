@@ -181,17 +181,22 @@ def load_template(config: PromptConfig) -> Template:
     each example; `axes` (name -> question); and `rating`, of `preamble`, `item`, `verdict` and `scores`, the lowest
     first. Raises UserError for a missing file, field or placeholder.
     """
-    name = config.template
-    path = epath.Path(name) if name.endswith((".yaml", ".yml")) else TEMPLATES / f"{name}.yaml"
-    if not path.exists():
-        known = sorted(file.stem for file in TEMPLATES.glob("*.yaml"))
-        raise UserError(f"no judge template {name!r}; there are {', '.join(known)}, or give the path of a YAML file")
+    path = template_file(config.template, TEMPLATES, "judge template")
     fields = _read(path)
     try:
         template = _template(config, path, _File(**fields))
         return dataclasses.replace(template, preamble=template.preamble + _shots(config, path, template, fields))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"judge template {path} is malformed: {error}".replace("\n", " ")) from error
+
+
+def template_file(name: str, folder: epath.Path, what: str) -> epath.Path:
+    """The YAML file of a name in `folder`, or of a path. Raises UserError where it is not there."""
+    path = epath.Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise UserError(f"no {what} {name!r}; there are {', '.join(known)}, or give the path of a YAML file")
+    return path
 
 
 @dataclasses.dataclass(frozen=True)

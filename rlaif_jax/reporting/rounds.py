@@ -15,9 +15,9 @@ from rlaif_jax.evaluation.statistics import Figure, show_figure
 # Figures by round, NAME/roundK or NAME/roundK_vs_sft, in the order of reading; those that no run has are left out.
 _TITLES = {
     "ground_truth_good": "gold: good replies",
-    "win_rate": "gold: win rate over SFT, another judge",
+    "win_rate": "gold: win rate over SFT, who evaluates",
     "proxy_win_rate": "proxy: win rate over SFT, who labels",
-    "judge_agreement": "who labels agrees with the other judge",
+    "judge_agreement": "who labels agrees with who evaluates",
     "label_agreement": "labels agree with the ground truth",
     "distinct_2": "distinct bigrams",
     "most_common_reply": "most common reply",
