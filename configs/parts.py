@@ -186,8 +186,10 @@ def critique() -> config_dict.ConfigDict:
 
 
 def constitutional(config: config_dict.ConfigDict) -> None:
-    """Constitutional AI: SFT on critiques and revisions, then RL from labels (Bai et al., arXiv 2212.08073)."""
-    config.stages = ("sft", "critique", "sl_cai", "label", "reward_model", "rl", "eval")
+    """Constitutional AI: SFT on critiques and revisions comes before all that the config trains after SFT, which is RL
+    from labels in Bai et al. (arXiv 2212.08073).
+    """
+    config.stages = ("sft", "critique", "sl_cai", *config.stages[1:])
 
 
 def red_team_corpus(config: config_dict.ConfigDict) -> None:

@@ -287,7 +287,7 @@ class EvaluationConfig:
 class OveroptimisationConfig:
     """Proxy and gold reward of best of n and along RL, where `overoptimisation` is one of the stages."""
 
-    samples: int  # replies of the SFT policy to each prompt, sampled as rl.sampling says
+    samples: int  # replies to each prompt of the policy that RL begins with, sampled as rl.sampling says
     prompts: int  # the first held-out prompts; 0 for all
     best_of: tuple[int, ...]  # the n of best of n, of those samples; () for powers of two
     commit_every: int  # replies written down at a time

@@ -46,6 +46,13 @@ def test_arms_change_what_they_say(arm):
     assert shared.judge.weights == "other.gguf"
 
 
+@pytest.mark.parametrize("other", ["rl", "dpo", "online_dpo", "best_of_n", "drlaif"])
+def test_constitutional_comes_before_what_another_arm_trains(other):
+    alone = quickstart.get_config("default" if other == "rl" else other).stages
+    both = quickstart.get_config("constitutional" if other == "rl" else f"constitutional,{other}").stages
+    assert both == ("sft", "critique", "sl_cai", *alone[1:])
+
+
 def test_an_unknown_word_names_those_that_there_are():
     with pytest.raises(ValueError, match=r"'smok'.*rlhf.*smoke"):
         tldr.get_config("rlhf,smok")

@@ -11,7 +11,7 @@ from rlaif_jax.config import Config, parse
 from rlaif_jax.data.layouts import is_unicode
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.constitution import load_constitution
-from rlaif_jax.judge.prompts import Pair
+from rlaif_jax.judge.prompts import Pair, load_template
 from rlaif_jax.judge.score import judge_pairs, load_judge
 from rlaif_jax.stages.run import open_run, with_seed
 from rlaif_jax.summary import print_judgement
@@ -48,11 +48,11 @@ def _main(argv: list[str]) -> int:
 
 
 def _pair(config: Config, texts: tuple[str, str, str], principle: str | None) -> Pair:
-    """The pair, under the principle with this id. Raises UserError where there is none, or one is needed."""
-    if principle is None and config.label.principles == "none":
+    """The pair, under the principle with this id if the judge asks for one. Raises UserError where they do not fit."""
+    if not load_template(config.judge.prompt).by_principle:
+        if principle is not None:
+            raise UserError(f"--principle: judge template {config.judge.prompt.template} does not ask for a principle")
         return Pair(*texts)
-    if not config.constitution.file:
-        raise UserError("--principle is an id of config.constitution.file, which is not set")
     known = {each.id: each.comparison for each in load_constitution(config.constitution.file).principles}
     if not known.get(principle):
         raise UserError(f"--principle={principle} must be one of {', '.join(id for id in known if known[id])}")

@@ -22,7 +22,7 @@ def run_best_of_n(run: Run) -> None:
     file = folder / "chosen.parquet"
     if not file.exists():
         write_parquet(file, _choose(run))
-    (folder / "replies_sft").rmtree(missing_ok=True)  # the shards of what the file now has
+    (folder / "replies_start").rmtree(missing_ok=True)  # the shards of what the file now has
     chosen = read_parquet(file).to_pydict()
     prompts = prompt_tokens(run.tokenizer(), chosen["prompt"])
     rows = packed(list(zip(prompts, chosen["tokens"], strict=True)), run.config.sft, run.order_seed("packing"))
@@ -38,7 +38,7 @@ def _choose(run: Run) -> pa.Table:
     config = run.config.best_of_n
     drawn = shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("best_of_n"), "best_of_n.prompts")
     prompts = [drawn[i][0] for i in range(config.prompts)]
-    shards = run.folder("best_of_n") / "replies_sft"
+    shards = run.folder("best_of_n") / "replies_start"
     params, key = run.start_params(), run.key("best_of_n")
     replies = keep_replies(run, params, prompts, config.samples, key, config.sampling, shards, config.commit_every)
     reward_model = load_reward_model(run) if run.config.rl.rewards.reward_model else None

@@ -1,4 +1,4 @@
-"""Over-optimisation: proxy and gold reward of best of n and along RL, against the square root of the KL from SFT."""
+"""Over-optimisation: proxy and gold reward of best of n and along RL, against the square root of the KL from RL's start."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ REWARDS = ("proxy", "gold")  # what the policy follows, and what it is held agai
 
 
 def run_overoptimisation(run: Run) -> None:
-    """Reads the SFT policy, the reward model and RL's metrics; writes `samples.parquet`, `results.json`, `curve.html`.
+    """Reads the policy that RL begins with, the reward model and RL's metrics; writes samples, results and a page.
 
     Raises UserError where too few replies have both rewards.
     """
@@ -52,7 +52,7 @@ def run_overoptimisation(run: Run) -> None:
 
 
 def _replies_folder(folder: epath.Path) -> epath.Path:
-    return folder / "replies_sft"
+    return folder / "replies_start"
 
 
 def _scores_folder(folder: epath.Path) -> epath.Path:
@@ -60,13 +60,13 @@ def _scores_folder(folder: epath.Path) -> epath.Path:
 
 
 def _sample(run: Run) -> pa.Table:
-    """`samples` replies of the SFT policy to each held-out prompt, in consecutive rows, with both rewards.
+    """`samples` replies of the policy that RL begins with to each held-out prompt, in consecutive rows, with both rewards.
 
     A reward that a reply does not have is NaN.
     """
     config, folder = run.config.overoptimisation, run.folder("overoptimisation")
     prompts = run.data("evaluation_prompts")["prompt"][: config.prompts or None]
-    params = run.trained_params("sft", run.language_model())
+    params = run.start_params()
     copies = math.gcd(config.samples, run.config.sampler.slots)  # replies that are sampled from one reading
     replies = keep_replies(
         run, params, np.repeat(prompts, config.samples // copies).tolist(), copies, run.key("overoptimisation"),

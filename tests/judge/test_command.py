@@ -38,3 +38,16 @@ def test_what_is_not_scored_says_why(judge, capfd):
 def test_a_missing_text_is_bad_usage(judge, capfd, arguments):
     assert run(judge, *arguments) == 2
     assert "usage: python -m rlaif_jax.judge" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--principle=kind"], "everyday_requests does not ask for a principle"),
+        (["--config=configs/quickstart.py:constitutional", "--principle=kin"], "--principle=kin must be one of"),
+        (["--config=configs/quickstart.py:constitutional"], "--principle=None must be one of does-no-harm, honest"),
+    ],
+)
+def test_a_principle_goes_with_a_template_that_asks_for_one(judge, capfd, arguments, words):
+    assert run(judge, "--prompt=x", "--a=y", "--b=z", *arguments) == 2
+    assert words in capfd.readouterr().err

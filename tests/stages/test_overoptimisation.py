@@ -153,7 +153,7 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(judge, finished, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_checked_parquet", killed)
         assert main([*flags, STAGES]) == 130
-    kept = tmp_path / "run" / "overoptimisation" / ("replies_sft" if where == "samples" else "scores")
+    kept = tmp_path / "run" / "overoptimisation" / ("replies_start" if where == "samples" else "scores")
     assert len(list(kept.iterdir())) == 3
     written = []
     monkeypatch.setattr(module, "write_checked_parquet", lambda *arguments: written.append(0) or write(*arguments))
