@@ -1,4 +1,4 @@
-"""Over-optimisation: proxy and gold reward of best of n and along RL, against the square root of the KL from RL's start."""
+"""Over-optimisation: proxy and gold reward of best of n and along RL, by the square root of the KL from RL's start."""
 
 import math
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def _scores_folder(folder: epath.Path) -> epath.Path:
 
 
 def _sample(run: Run) -> pa.Table:
-    """`samples` replies of the policy that RL begins with to each held-out prompt, in consecutive rows, with both rewards.
+    """`samples` replies of RL's first policy to each held-out prompt, in consecutive rows, with both rewards.
 
     A reward that a reply does not have is NaN.
     """

@@ -48,6 +48,6 @@ def test_a_missing_text_is_bad_usage(judge, capfd, arguments):
         (["--config=configs/quickstart.py:constitutional"], "--principle=None must be one of does-no-harm, honest"),
     ],
 )
-def test_a_principle_goes_with_a_template_that_asks_for_one(judge, capfd, arguments, words):
-    assert run(judge, "--prompt=x", "--a=y", "--b=z", *arguments) == 2
+def test_a_principle_goes_with_a_template_that_asks_for_one(capfd, arguments, words):
+    assert run([], *arguments, "--prompt=x", "--a=y", "--b=z") == 2
     assert words in capfd.readouterr().err
