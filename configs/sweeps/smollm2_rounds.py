@@ -22,13 +22,16 @@ def get_config(arm: str = "dpo,rounds") -> config_dict.ConfigDict:
     sweep.base.policy.model.update(dtype="float32", remat=False)  # what a CPU is quickest with
     sweep.base.policy.update(max_prompt_length=56, max_response_length=32)
     sweep.base.judge.dtype = "float32"
-    sweep.base.data.embedded.update(evaluation_combinations=30, evaluation_unseen_templates=10)
-    sweep.base.sft.update(steps=12, batch_size=4, checkpoint_every=12)
+    sweep.base.data.embedded.update(evaluation_combinations=48, evaluation_unseen_templates=16)
+    sweep.base.sft.update(steps=60, batch_size=4, checkpoint_every=60)
+    sweep.base.sft.optimizer.learning_rate = 2e-4  # few steps, after which most replies are like the demonstrations
     sweep.base.sampler.update(slots=48, refill=16)
-    sweep.base.evaluation.update(batch_size=40, commit_every=40)
-    sweep.base.label.pairs = 48
-    sweep.base.preference.update(steps=6, batch_size=8, checkpoint_every=6)
-    sweep.base.preference.optimizer.update(learning_rate=2e-5, warmup_steps=1)
+    sweep.base.evaluation.update(batch_size=64, commit_every=64)
+    sweep.base.label.pairs = 64
+    # Hard labels, as in self-rewarding: a soft one of this judge is within 0.05 of a half, and asks for little.
+    sweep.base.preferences.hard = True
+    sweep.base.preference.update(steps=8, batch_size=8, checkpoint_every=8)
+    sweep.base.preference.optimizer.update(learning_rate=5e-5, warmup_steps=1)
     names = {"self": "self_judge", "same_size": "", "panel": "panel"}
     sweep.arms = config_dict.ConfigDict(
         {name: changes(smollm2, arm, other) if other else {} for name, other in names.items()},
