@@ -113,7 +113,8 @@ class _Reviser:
         row = {"prompt": prompt, "hash": self.template.hash(prompt)}
         if reply is None:
             return row | {"text": "", "tokens": 0, "status": "prompt_too_long"}
-        text = cut(reply["text"], self.template.stop).strip()
+        # Not the kept text: without the blanks around it, a marker at its beginning would no longer be one.
+        text = cut(self.tokenizer.decode(reply["tokens"], skip_special_tokens=True), self.template.stop).strip()
         status = "cut" if not reply["ended"] else "ok" if text else "empty"
         return row | {"text": text, "tokens": len(reply["tokens"]), "status": status}
 

@@ -14,11 +14,13 @@ from etils import epath
 from rlaif_jax.commands import parse_flags
 from rlaif_jax.config import parse
 from rlaif_jax.config_checks import check
+from rlaif_jax.data import tokenizers
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.constitution import draw, load_constitution
+from rlaif_jax.judge.critiques import load_critique_template
 from rlaif_jax.judge.prompts import text_hash
 from rlaif_jax.main import main
-from rlaif_jax.stages import replies
+from rlaif_jax.stages import critique, replies
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.run import open_run
 from tests.helpers import one_device_mesh, quickstart_config
@@ -176,6 +178,23 @@ def test_texts_that_other_prompts_have_led_to_are_refused(tmp_path):
     arguments = (None, None, [[7]], 1, None, epath.Path(tmp_path), 1)  # nothing is sampled
     with pytest.raises(UserError, match="other prompts"):
         replies.keep_rows(*arguments, about=[{"hash": "another"}])
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("\nHuman: And then?", ""),
+        (" Ask first.\n\nHuman: And then?", "Ask first."),
+        ("\n\n\nRevision request: Again.", ""),
+        (" Ask first.", "Ask first."),
+    ],
+)
+def test_what_follows_a_stop_text_is_nobodys_reply_even_at_the_beginning(written, text):
+    template, tokenizer = load_critique_template("dialogue", 0, revise_only=False), tokenizers.train([written], 300)
+    tokens = [*tokenizer.encode(written), tokenizer.eos_token_id]
+    reviser = critique._Reviser(template, tokenizer, None, 0, 0)
+    row = reviser._written("p", {"tokens": tokens, "text": written.strip(), "ended": True})
+    assert (row["text"], row["status"]) == (text, "ok" if text else "empty")
 
 
 @pytest.mark.slow
