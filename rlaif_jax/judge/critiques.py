@@ -59,7 +59,7 @@ def load_critique_template(name: str, shots: int, revise_only: bool) -> Critique
     file, field or placeholder.
     """
     path = template_file(name, TEMPLATES, "critique template")
-    fields = load_yaml(path)
+    fields = load_yaml(path, "critique template")
     try:
         return _template(path.stem, fields, shots, revise_only)
     except (KeyError, TypeError, ValueError) as error:

@@ -104,6 +104,15 @@ def test_a_file_that_is_no_constitution_is_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+def test_a_key_that_is_there_twice_is_one_line_with_both_places(tmp_path):
+    (tmp_path / "own.yaml").write_text("principles:\n  - id: kind\n    comparison: a\n    comparison: b\n")
+    with pytest.raises(UserError, match=r"own\.yaml has the key 'comparison' twice, in the lines 3 and 4: leave one"):
+        load_constitution(str(tmp_path / "own.yaml"))
+    (tmp_path / "own.yaml").write_text("principles: [{id: a, comparison: b}]\nprinciples: [{id: c, comparison: d}]\n")
+    with pytest.raises(UserError, match="the key 'principles' twice, in the lines 1 and 2"):
+        load_constitution(str(tmp_path / "own.yaml"))
+
+
 def test_an_unknown_name_or_tag_names_the_nearest():
     with pytest.raises(UserError, match="did you mean assistant"):
         load_constitution("asistant")

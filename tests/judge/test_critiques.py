@@ -60,6 +60,15 @@ def test_a_malformed_template_is_one_line_that_names_what_is_wrong(tmp_path, cha
     assert "\n" not in str(error.value) and "t.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"), [("stop: [", "is not YAML"), ("stop: []\nstop: []", "has the key 'stop' twice")]
+)
+def test_a_file_that_can_not_be_read_is_called_what_it_is(tmp_path, text, words):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"^critique template .*t\.yaml {words}"):
+        load_critique_template(str(tmp_path / "t.yaml"), 0, revise_only=False)
+
+
 def test_an_unknown_template_names_those_there_are():
     with pytest.raises(UserError, match="everyday_requests"):
         load_critique_template("everyday", 0, revise_only=False)
