@@ -107,7 +107,7 @@ class SLCAIConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
-    """Candidate pairs sampled from the SFT policy, for the judge to label; or comparisons that people made."""
+    """Candidate pairs of the policy that RL begins with, for the judge to label; or comparisons that people made."""
 
     source: str  # "ai", "human" (data.comparisons) or "both", as many pairs of each
     pairs: int  # of each source
@@ -151,7 +151,7 @@ class RewardModelConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """What holds the policy near the SFT policy."""
+    """What holds the policy near the one that it began as."""
 
     placement: str  # "reward" or "loss"
     estimator: str  # "k1" in the reward; "k2", "k3" or "full" (the whole vocabulary, exact) in the loss

@@ -14,6 +14,7 @@ from rlaif_jax.evaluation.statistics import Figure
 from rlaif_jax.files import read_parquet, write_parquet
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import Judge, load_judge, rate
+from rlaif_jax.stages.critique import texts
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.values import keep_values
 
@@ -66,7 +67,7 @@ def _revisions(run: Run) -> dict[str, _Texts]:
         return {}
     rows = read_parquet(file).slice(0, limit).to_pylist()
     every = dict.fromkeys(_KINDS, np.ones(len(rows), bool))
-    steps = zip(*([row["response"], *(step["text"] for step in row["rounds"])] for row in rows), strict=True)
+    steps = zip(*map(texts, rows), strict=True)
     names = (f"revision_{i}" if i else "first" for i in range(1 + len(rows[0]["rounds"])))
     return {name: _Texts([row["prompt"] for row in rows], step, every) for name, step in zip(names, steps, strict=True)}
 

@@ -27,7 +27,7 @@ from rlaif_jax.training.state import abstract_state, init_state
 
 
 def run_rl(run: Run) -> None:
-    """Reads the SFT policy and, where it is part of the reward, the reward model; writes `rl/checkpoints`."""
+    """Reads the policy (`Run.start`) and, where it is part of the reward, the reward model; writes `rl/checkpoints`."""
     config, model, scalar_model = run.config.rl, run.language_model(), run.scalar_model()
     tokenizer, mesh = run.tokenizer(), run.placement.mesh
     count = config.batch_size // config.group_size

@@ -30,6 +30,15 @@ def test_a_prompt_is_the_examples_then_the_reply_with_each_request(tmp_path):
 def test_without_critiques_neither_examples_nor_prompts_have_them(tmp_path):
     template = load_critique_template(write(tmp_path / "t.yaml"), 1, revise_only=True)
     assert template.preamble == "Q: p A: r RR: rr R: one"
+    needless = ("critique_request", "critique")
+    (short,) = ({name: x for name, x in one.items() if name not in needless} for one in FIELDS["examples"][:1])
+    (tmp_path / "short.yaml").write_text(
+        yaml.safe_dump({name: x for name, x in FIELDS.items() if name != "critique"} | {"examples": [short]})
+    )
+    path = str(tmp_path / "short.yaml")
+    assert load_critique_template(path, 1, revise_only=True).preamble == template.preamble
+    with pytest.raises(UserError, match="must have the fields"):
+        load_critique_template(path, 1, revise_only=False)
     asked = template.critique_prompt("p", "r", "never asked")
     assert template.revision_prompt(asked, "", "do better") == "\n\nQ: p A: r RR: do better R:"
 
