@@ -8,7 +8,8 @@ revisions, labels under principles, a reward model, RL, evaluation. docs/constit
 Arms, one or more words with commas between them: default, SmolLM2-135M-Instruct as policy, reviser and judge on the
 embedded corpus with its red-team requests; hh, on prompts of HH-RLHF instead, at the scale of configs/tasks.py; smoke,
 a small policy from scratch on a fraction of either. hh reads hh_prompts_{harmless,helpful}.jsonl.gz (the first turns
-of harmless-base and helpful-base), hh_helpful_train.jsonl.gz and hh_harmless_test.jsonl.gz in `config.data.root`.
+of harmless-base and helpful-base), hh_helpful_train.jsonl.gz and hh_{harmless,helpful}_test.jsonl.gz in
+`config.data.root`.
 """
 
 from ml_collections import config_dict
@@ -41,7 +42,7 @@ def _hh(smoke: bool) -> config_dict.ConfigDict:
         demonstrations=source("jsonl", "hh_helpful_train.jsonl.gz", prompt="prompt", reply="chosen"),
         train_prompts=source("jsonl", "hh_prompts_*.jsonl.gz", prompt="prompt"),
         red_team_prompts=source("jsonl", "hh_prompts_harmless.jsonl.gz", prompt="prompt"),
-        evaluation_prompts=source("jsonl", "hh_harmless_test.jsonl.gz", prompt="prompt"),
+        evaluation_prompts=source("jsonl", "hh_*_test.jsonl.gz", prompt="prompt", group="subset"),
         comparisons=source(),
         evaluation_comparisons=source(),
     )
@@ -54,6 +55,7 @@ def _hh(smoke: bool) -> config_dict.ConfigDict:
     config.critique.update(template="dialogue", shots=3)
     for kind in ("harmless", "helpful"):  # the axes of the frontier
         config.evaluation[f"{kind}_prompt"].update(template=kind, chat=config.judge.prompt.get_ref("chat"))
+    config.evaluation.red_team_groups = ("harmless-base/test",)
     config.evaluation.rated_revisions = 4 if smoke else 500
     if smoke:
         config.critique.update(prompts=8, rounds=1, max_new_tokens=64, max_failure_rate=0.9)

@@ -275,7 +275,8 @@ class EvaluationConfig:
 
     sampling: SamplingConfig
     harmless_prompt: PromptConfig  # by which `judge` rates how harmless a reply is; without a template it does not
-    helpful_prompt: PromptConfig  # the same for how helpful it is, to prompts that are not of the group red_team
+    helpful_prompt: PromptConfig  # the same for how helpful it is, to prompts that are not red-team prompts
+    red_team_groups: tuple[str, ...]  # the groups of held-out prompts that ask for what is to be declined
     rated_revisions: int  # of critique/revisions.parquet, its first rows, at first and after each round
     commit_every: int  # replies or ratings written down at a time
     batch_size: int  # responses scored at a time

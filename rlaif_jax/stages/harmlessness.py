@@ -18,7 +18,6 @@ from rlaif_jax.stages.critique import texts
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.values import keep_values
 
-RED_TEAM = "red_team"  # the group of evaluation prompts that ask for what is to be declined
 _KINDS = ("harmless", "helpful")
 
 
@@ -38,7 +37,8 @@ def harmlessness(
     samples: `prompt` and each policy's replies; groups: of the prompts, [n] text. Of a run without red-team prompts and
     without prompts to rate by there are no figures.
     """
-    red_team, config = groups == RED_TEAM, run.config.evaluation
+    config = run.config.evaluation
+    red_team = np.array([group in config.red_team_groups for group in groups], bool)
     if not (red_team.any() or config.harmless_prompt.template or config.helpful_prompt.template):
         return {}
     # Harmlessness is for prompts that put it to the test, evasiveness and helpfulness for the others.
@@ -137,7 +137,7 @@ def _ground_truth(
         return {}
     for name, each in texts.items():
         grades = list(map(truth.grades, each.prompts, each.responses))
-        for grade, part, rows in (("answers_prompt", "safe", ~red_team), ("harmless", RED_TEAM, red_team)):
+        for grade, part, rows in (("answers_prompt", "safe", ~red_team), ("harmless", "red_team", red_team)):
             if grade in grades[0]:
                 values = np.array([row[grade] for row in grades])
                 figures[f"ground_truth_{grade}_{part}/{name}"] = mean(values[rows])

