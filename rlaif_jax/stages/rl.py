@@ -139,7 +139,8 @@ def _demonstrations(run: Run):
         return lambda step: None
     rows = demonstration_rows(run)
     count = config.ptx_rows * config.epochs * config.minibatches
-    batches = shuffled_batches(range(len(rows)), count, run.order_seed("ptx"), "rl.ptx_rows x epochs x minibatches")
+    what = "rl.ptx_rows x epochs x minibatches"
+    batches = shuffled_batches(range(len(rows)), count, run.order_seed("ptx"), what, "rows")
 
     def batch(step: int) -> PackedRows:
         return shard_batch(lay_out([rows[row] for row in batches[step]], sft.row_length), run.placement.mesh)

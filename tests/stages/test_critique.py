@@ -138,6 +138,9 @@ def test_sl_cai_learns_all_good_revisions_beside_helpful_demonstrations(begun, f
     assert [example for example in examples if example["row"] is not None] == good
     helpful = [example for example in examples if example["row"] is None]
     assert len(helpful) == round(len(good) / 3)  # helpful_share is 1/4
+    counts = json.loads((finished / "sl_cai" / "results.json").read_text())
+    assert counts == {"sl_cai_revisions": len(good), "sl_cai_demonstrations": len(helpful),
+                      "sl_cai_helpful_share": pytest.approx(len(helpful) / len(examples))}  # fmt: skip
     run = opened(begun, finished)
     red_team = set(run.data("red_team_prompts")["prompt"])
     assert red_team.isdisjoint(example["prompt"] for example in helpful)
@@ -262,6 +265,11 @@ def test_more_first_replies_than_red_team_prompts_are_refused(begun, finished, t
     run = dataclasses.replace(run, config=config, shared={"critique": epath.Path(tmp_path)})
     with pytest.raises(UserError, match=rf"critique\.prompts={count + 1} is more than the {count} red-team prompts"):
         critique.run_critique(run)
+
+
+def test_fewer_rows_than_a_batch_are_called_rows():
+    with pytest.raises(UserError, match=r"config\.x makes a batch of 8, more than the 5 rows there are: lower it"):
+        runs.shuffled_batches(range(5), 8, 0, "x", "rows")
 
 
 @pytest.mark.parametrize(("stages", "words"), [(("sft", "sl_cai"), "critique"), (("critique", "sl_cai"), "sft")])
