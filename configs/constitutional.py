@@ -43,12 +43,15 @@ def _hh(smoke: bool) -> config_dict.ConfigDict:
         train_prompts=source("jsonl", "hh_prompts_*.jsonl.gz", prompt="prompt"),
         red_team_prompts=source("jsonl", "hh_prompts_harmless.jsonl.gz", prompt="prompt"),
         evaluation_prompts=source("jsonl", "hh_*_test.jsonl.gz", prompt="prompt", group="subset"),
-        comparisons=source(),
+        # People say what is helpful, a constitution what is harmless (Bai et al., section 4.1).
+        comparisons=source(
+            "jsonl", "hh_helpful_train.jsonl.gz", prompt="prompt", response_a="chosen", response_b="rejected"
+        ),
         evaluation_comparisons=source(),
     )
     config = task("smoke" if smoke else "rlaif", "dialogue", "harmless", sources, sources, reward_model_batch_size=32)
     constitutional(config)
-    config.label.audit_pairs = 0
+    config.label.update(source="both", audit_pairs=0)
     config.constitution.file = "assistant"
     config.judge.prompt.template = "constitution"
     config.label.principles = "draw"
@@ -63,6 +66,9 @@ def _hh(smoke: bool) -> config_dict.ConfigDict:
         config.critique.update(prompts=8, rounds=1, max_new_tokens=64, max_failure_rate=0.75)
         config.sl_cai.update(steps=4, checkpoint_every=2, helpful_share=0.75)
         return config
+    # As many labels of the judge as there are comparisons of people, 3,491 less those that do not fit; three epochs.
+    config.label.pairs = 3_400
+    config.reward_model.steps = 3 * (2 * 3_400 - config.reward_model.validation_pairs) // 32
     # Four revisions of every prompt, as in the paper, at temperature 1. Of the 3,491 demonstrations about 2,750 fit the
     # policy: a quarter of the examples where no more than 2,000 prompts are revised (a quarter in the paper, too).
     config.critique.update(prompts=2_000, rounds=4, max_new_tokens=192, dtype="bfloat16", commit_every=1024)

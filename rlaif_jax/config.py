@@ -110,7 +110,7 @@ class LabelConfig:
     """Candidate pairs of the policy that RL begins with, for the judge to label; or comparisons that people made."""
 
     source: str  # "ai", "human" (data.comparisons) or "both", as many pairs of each
-    pairs: int  # of each source
+    pairs: int  # of each source; where people have made fewer comparisons, all of those
     audit_pairs: int  # of data.comparisons, judged as well: how far people agree, and what the labels' temperature is
     principles: (
         str  # of `constitution`: "none", "draw" (one a pair, by weight) or "ensemble" (all, their mean by weight)

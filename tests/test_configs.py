@@ -96,6 +96,15 @@ def test_evaluation_on_real_dialogues_has_red_team_prompts_and_others(real_data,
     assert len(rows) == (config.data.evaluation_prompts.limit or 325 + 807)
 
 
+@pytest.mark.parametrize("arm", ["hh", "hh,smoke"])
+def test_people_have_made_as_many_comparisons_as_the_judge_is_to_make(real_data, arm):
+    config = override(parse(constitutional.get_config(arm).to_dict()), {"data.root": str(real_data)})
+    assert config.label.source == "both"
+    assert (
+        config.label.pairs <= len(load(config.data, "comparisons", config.seed)[0]) < 1.1 * max(config.label.pairs, 91)
+    )
+
+
 def test_red_team_prompts_that_are_not_there_are_one_line_that_names_them(tmp_path, capfd):
     flags = [f"--config.data.root={tmp_path}", f"--workdir={tmp_path}/run"]
     assert main(["main", "--config=configs/constitutional.py:hh", *flags]) == 2

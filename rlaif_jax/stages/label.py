@@ -55,6 +55,9 @@ def _human_labels(run: Run, folder: epath.Path) -> None:
     comparisons = run.data("comparisons")
     names = ("prompt", "response_a", "response_b", "prob_a")
     rows = [dict(zip(names, row, strict=True)) for row in zip(*(comparisons[name] for name in names), strict=True)]
+    if len(rows) < run.config.label.pairs:
+        print(f"label: {len(rows)} comparisons that people made, not {run.config.label.pairs}: there are no more",
+              flush=True)  # fmt: skip
     table = store.human_table(rows[: run.config.label.pairs])
     ended = [True] * table.num_rows
     columns = {name: table[name] for name in names[:3]}
