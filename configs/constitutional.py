@@ -6,9 +6,10 @@ revisions, labels under principles, a reward model, RL, evaluation. docs/constit
     python -m rlaif_jax.main --config=configs/constitutional.py:hh,smoke --workdir=runs/cai_hh --config.data.root=DIR
 
 Arms, one or more words with commas between them: default, SmolLM2-135M-Instruct as policy, reviser and judge on the
-embedded corpus with its red-team requests; hh, on prompts of HH-RLHF instead, at the scale of configs/tasks.py; smoke,
-a small policy from scratch on a fraction of either. hh reads hh_prompts_{harmless,helpful}.jsonl.gz (the first turns
-of harmless-base and helpful-base), hh_helpful_train.jsonl.gz and hh_{harmless,helpful}_test.jsonl.gz in
+embedded corpus with its red-team requests; hh, on prompts of HH-RLHF instead, at the scale of configs/tasks.py; cot,
+the judge writes a rationale before it answers, and what is learned of its labels is held between 40 and 60 % (section
+4.1); smoke, a small policy from scratch on a fraction of either. hh reads hh_prompts_{harmless,helpful}.jsonl.gz (the
+first turns of harmless-base and helpful-base), hh_helpful_train.jsonl.gz and hh_{harmless,helpful}_test.jsonl.gz in
 `config.data.root`.
 """
 
@@ -18,7 +19,7 @@ from configs import quickstart, smollm2
 from configs.parts import constitutional, optimizer, source
 from configs.tasks import task
 
-ARMS = ("default", "hh", "smoke")
+ARMS = ("default", "hh", "cot", "smoke")
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
@@ -26,9 +27,15 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     words = arm.split(",")
     if unknown := [word for word in words if word not in ARMS]:
         raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
-    if "hh" in words:
-        return _hh("smoke" in words)
-    if "smoke" in words:
+    config = _hh("smoke" in words) if "hh" in words else _embedded("smoke" in words)
+    if "cot" in words:
+        config.judge.prompt.chain_of_thought = True
+        config.preferences.clamp = 0.1  # from 40 to 60 %, as in the paper
+    return config
+
+
+def _embedded(smoke: bool) -> config_dict.ConfigDict:
+    if smoke:
         return quickstart.get_config("constitutional,smoke")
     config = smollm2.get_config("constitutional")
     config.critique.update(prompts=512, dtype="bfloat16", commit_every=128)
