@@ -226,8 +226,8 @@ def _check_policy_stages(config: Config, flat: Mapping[str, Any]) -> None:
     trained = [stage for stage in stages if stage in POLICY_STAGES]
     if len(trained) > 1:
         raise UserError(f"config.stages={','.join(stages)}: only one of {', '.join(trained)} can train the policy")
-    if "eval" in stages and not trained:
-        raise UserError(f"config.stages={','.join(stages)}: eval needs one of {', '.join(POLICY_STAGES)}")
+    if "eval" in stages and not trained and "sl_cai" not in stages:
+        raise UserError(f"config.stages={','.join(stages)}: eval needs one of sl_cai, {', '.join(POLICY_STAGES)}")
     if "preference" not in stages:
         return
     if not preference.online and "label" not in stages:
@@ -250,6 +250,11 @@ def _check_rounds(config: Config) -> None:
         return
     if "eval" not in config.stages:
         raise UserError(f"config.rounds={config.rounds} needs the stage eval in config.stages, to compare the rounds")
+    if config.policy_stage not in POLICY_STAGES:
+        raise UserError(
+            f"config.rounds={config.rounds} needs a stage in config.stages that trains the policy in each of them: one "
+            f"of {', '.join(POLICY_STAGES)}"
+        )
     if "label" not in config.stages or config.label.source == "human":
         raise UserError(
             f"config.rounds={config.rounds}: later rounds need pairs of their own, so the stage label in config.stages "

@@ -267,6 +267,14 @@ def test_more_first_replies_than_red_team_prompts_are_refused(begun, finished, t
         critique.run_critique(run)
 
 
+def test_sl_cai_can_be_evaluated_by_itself_but_not_go_round(begun, tmp_path):
+    options = parse_flags(["main", *flags_of(begun, tmp_path)], "", flags.FlagValues())
+    config = dataclasses.replace(parse(options.config.to_dict()), stages=("sft", "critique", "sl_cai", "eval"))
+    check(config, 1)
+    with pytest.raises(UserError, match=r"config\.rounds=2 needs a stage .* one of best_of_n, preference, rl"):
+        check(dataclasses.replace(config, rounds=2), 1)
+
+
 def test_fewer_rows_than_a_batch_are_called_rows():
     with pytest.raises(UserError, match=r"config\.x makes a batch of 8, more than the 5 rows there are: lower it"):
         runs.shuffled_batches(range(5), 8, 0, "x", "rows")
