@@ -20,8 +20,6 @@ GroundTruth = Callable[[str, str], bool | None]
 
 _PAIR = ("prompt", "response_a", "response_b", "status", "prob_a", "prob_a_forward", "prob_a_reversed")
 _SAMPLE = ("prompt", *(f"{column}{name}" for name in ("sft", "policy") for column in ("", "length/")))
-
-
 _COUNTS = {"sl_cai_revisions": int, "sl_cai_demonstrations": int, "sl_cai_helpful_share": float}
 
 
