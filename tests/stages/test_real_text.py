@@ -85,8 +85,7 @@ def test_replies_to_real_text_are_judged_by_other_methods(real_data, tmp_path, c
 
 
 def test_constitutional_ai_goes_from_red_team_prompts_to_evaluation_once(real_data, tmp_path):
-    fields = {"sft__steps": 4, "sft__checkpoint_every": 4, "critique__shots": 1, "critique__max_new_tokens": 40}
-    fields |= {"sl_cai__steps": 2, "reward_model__steps": 2, "rl__steps": 1, "evaluation__rated_revisions": 2}
+    fields = {"sl_cai__steps": 2, "reward_model__steps": 2, "rl__steps": 1, "evaluation__rated_revisions": 2}
     arguments = flags("configs/constitutional.py:hh,smoke", tmp_path, real_data, **fields)
     finish(arguments)
     revised = read_parquet(tmp_path / "critique" / "revisions.parquet").to_pylist()
