@@ -296,6 +296,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         sampling=sampling(temperature=1.0),
         harmless_prompt=rating_prompt(""),  # no template: neither is rated
         helpful_prompt=rating_prompt(""),
+        red_team_groups=("red_team",),  # the embedded corpus calls them so
         rated_revisions=64,  # of a critique stage
         commit_every=64,
         batch_size=64,

@@ -107,10 +107,10 @@ class SLCAIConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
-    """Candidate pairs sampled from the SFT policy, for the judge to label; or comparisons that people made."""
+    """Candidate pairs of the policy that RL begins with, for the judge to label; or comparisons that people made."""
 
     source: str  # "ai", "human" (data.comparisons) or "both", as many pairs of each
-    pairs: int  # of each source
+    pairs: int  # of each source; where people have made fewer comparisons, all of those
     audit_pairs: int  # of data.comparisons, judged as well: how far people agree, and what the labels' temperature is
     principles: (
         str  # of `constitution`: "none", "draw" (one a pair, by weight) or "ensemble" (all, their mean by weight)
@@ -151,7 +151,7 @@ class RewardModelConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """What holds the policy near the SFT policy."""
+    """What holds the policy near the one that it began as."""
 
     placement: str  # "reward" or "loss"
     estimator: str  # "k1" in the reward; "k2", "k3" or "full" (the whole vocabulary, exact) in the loss
@@ -275,7 +275,8 @@ class EvaluationConfig:
 
     sampling: SamplingConfig
     harmless_prompt: PromptConfig  # by which `judge` rates how harmless a reply is; without a template it does not
-    helpful_prompt: PromptConfig  # the same for how helpful it is, to prompts that are not of the group red_team
+    helpful_prompt: PromptConfig  # the same for how helpful it is, to prompts that are not red-team prompts
+    red_team_groups: tuple[str, ...]  # the groups of held-out prompts that ask for what is to be declined
     rated_revisions: int  # of critique/revisions.parquet, its first rows, at first and after each round
     commit_every: int  # replies or ratings written down at a time
     batch_size: int  # responses scored at a time

@@ -154,6 +154,8 @@ def check(config: Config, devices: int) -> None:
         lambda x: x >= longest))  # fmt: skip
     needed_sets = ["demonstrations", "train_prompts", "evaluation_prompts"]
     needed_sets += ["red_team_prompts"] if "critique" in config.stages else []
+    if "critique" in config.stages:
+        _check_red_team_prompts(config, flat)
     needed_sets += ["comparisons"] if config.label.source != "ai" or config.label.audit_pairs else []
     for name in needed_sets:
         _require(flat, f"data.{name}.kind", "set", bool)
@@ -170,6 +172,15 @@ def check(config: Config, devices: int) -> None:
         slots = config.sampler.slots
         _require(flat, "best_of_n.samples", f"at most sampler.slots, {slots}", lambda x: x <= slots)
         _require(flat, "best_of_n.sampling.temperature", "above 0, or all samples are the same", lambda x: x > 0)
+
+
+def _check_red_team_prompts(config: Config, flat: Mapping[str, Any]) -> None:
+    """Raises UserError for more first replies than red-team prompts, where the config says how many there will be."""
+    source = config.data.red_team_prompts
+    known = config.data.embedded.red_team if source.kind == "embedded" else source.limit
+    if known:
+        most = f"at most {known}, the red-team prompts of data.red_team_prompts"
+        _require(flat, "critique.prompts", most, lambda x: x <= known)
 
 
 def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:
@@ -215,8 +226,8 @@ def _check_policy_stages(config: Config, flat: Mapping[str, Any]) -> None:
     trained = [stage for stage in stages if stage in POLICY_STAGES]
     if len(trained) > 1:
         raise UserError(f"config.stages={','.join(stages)}: only one of {', '.join(trained)} can train the policy")
-    if "eval" in stages and not trained:
-        raise UserError(f"config.stages={','.join(stages)}: eval needs one of {', '.join(POLICY_STAGES)}")
+    if "eval" in stages and not trained and "sl_cai" not in stages:
+        raise UserError(f"config.stages={','.join(stages)}: eval needs one of sl_cai, {', '.join(POLICY_STAGES)}")
     if "preference" not in stages:
         return
     if not preference.online and "label" not in stages:
@@ -239,6 +250,11 @@ def _check_rounds(config: Config) -> None:
         return
     if "eval" not in config.stages:
         raise UserError(f"config.rounds={config.rounds} needs the stage eval in config.stages, to compare the rounds")
+    if config.policy_stage not in POLICY_STAGES:
+        raise UserError(
+            f"config.rounds={config.rounds} needs a stage in config.stages that trains the policy in each of them: one "
+            f"of {', '.join(POLICY_STAGES)}"
+        )
     if "label" not in config.stages or config.label.source == "human":
         raise UserError(
             f"config.rounds={config.rounds}: later rounds need pairs of their own, so the stage label in config.stages "

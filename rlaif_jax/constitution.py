@@ -38,6 +38,7 @@ _NAMES = {
     "revision": ("revision_request", "revision request", "revision", "edit_request"),
     "comparison": ("comparison", "comparison_request"),
 }
+_PUBLISHED = ("prompt", "edit_request")  # the authors' worked examples have such names as well, but not the words
 _AROUND = {
     "critique": ("CritiqueRequest:", "Critique:"),
     "revision": ("RevisionRequest:", "Revision:"),
@@ -115,6 +116,11 @@ def _row(file: epath.Path, name: str, item: Any) -> dict[str, str]:
         if text in row:
             raise UserError(f"--convert={file}: {name} has two texts for a {text}: leave one out")
         before, after = _AROUND[text]
+        remedy = "name a file of requests or comparisons, not of worked examples"
+        if "\n\nHuman:" in found:
+            raise UserError(f"--convert={file}: {name}: {key} has the turns of a dialogue: {remedy}")
+        if key.lower() in _PUBLISHED and not found.strip().startswith(before):
+            raise UserError(f"--convert={file}: {name}: {key} does not begin with {before!r}: {remedy}")
         row[text] = found.strip().removeprefix(before).removesuffix(after).strip()
     return row
 

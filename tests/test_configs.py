@@ -3,6 +3,7 @@ import pytest
 from configs import constitutional, hh_harmless, hh_helpful, quickstart, scitldr, smollm2, tasks, tldr
 from rlaif_jax.config import flatten, override, parse
 from rlaif_jax.config_checks import check, check_decoder
+from rlaif_jax.data.prepare import load
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.main import main
@@ -19,7 +20,10 @@ CONFIGS += [
     for source in ("", ",local", ",hub")
     if not (module is scitldr and arm in ("rlhf", "combined"))
 ]
-CONFIGS += [(constitutional, arm) for arm in ("default", "smoke", "hh", "hh,smoke")]
+CONFIGS += [
+    (constitutional, arm)
+    for arm in ("default", "smoke", "hh", "hh,smoke", "cot", "cot,smoke", "hh,cot", "hh,cot,smoke")
+]
 
 
 @pytest.mark.parametrize(("module", "arm"), CONFIGS, ids=lambda x: getattr(x, "__name__", x))
@@ -91,6 +95,31 @@ def test_a_group_with_names_of_ones_own_is_read_flattened_and_changed_by_them():
 def test_what_is_wrong_in_such_a_group_is_named(changes, words):
     with pytest.raises(UserError, match=words):
         override(parse(quickstart.get_config("panel").to_dict()), changes)
+
+
+@pytest.mark.parametrize("arm", ["default", "smoke", "hh", "hh,smoke"])
+def test_labels_after_a_chain_of_thought_are_held_near_a_half(arm):
+    plain, reasoned = (parse(constitutional.get_config(words).to_dict()) for words in (arm, f"cot,{arm}"))
+    assert (plain.judge.prompt.chain_of_thought, plain.preferences.clamp) == (False, 0.0)
+    assert (reasoned.judge.prompt.chain_of_thought, reasoned.preferences.clamp) == (True, 0.1)
+    template = load_template(reasoned.judge.prompt)
+    assert template.by_principle and template.preamble.count(template.reasoning.cue) == reasoned.judge.prompt.shots
+
+
+@pytest.mark.parametrize("arm", ["hh", "hh,smoke"])
+def test_evaluation_on_real_dialogues_has_red_team_prompts_and_others(real_data, arm):
+    config = override(parse(constitutional.get_config(arm).to_dict()), {"data.root": str(real_data)})
+    rows, _ = load(config.data, "evaluation_prompts", config.seed)
+    red_team = [row.values["group"] in config.evaluation.red_team_groups for row in rows]
+    assert 0.2 < sum(red_team) / len(rows) < 0.8
+    assert len(rows) == (config.data.evaluation_prompts.limit or 325 + 807)
+
+
+@pytest.mark.parametrize("arm", ["hh", "hh,smoke"])
+def test_people_have_made_as_many_comparisons_as_the_judge_is_to_make(real_data, arm):
+    config = override(parse(constitutional.get_config(arm).to_dict()), {"data.root": str(real_data)})
+    assert config.label.source == "both"
+    assert config.label.pairs <= len(load(config.data, "comparisons", config.seed)[0])
 
 
 def test_red_team_prompts_that_are_not_there_are_one_line_that_names_them(tmp_path, capfd):

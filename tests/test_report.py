@@ -320,7 +320,7 @@ def test_the_command_prints_the_path_of_the_page(run, capfd):
 def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     record = json.loads((tmp_path / "config.json").read_text())
-    record["config"]["stages"] = ["sft", "critique", "sl_cai", *STAGES[1:]]
+    record["config"] |= {"stages": ["sft", "critique", "sl_cai", *STAGES[1:]], "sl_cai.helpful_share": 0.5}
     write(tmp_path / "config.json", record)
     means = {"sft": 0.1, "sl_cai": 0.55, "rl": 0.7, "first": -0.2, "revision_1": 0.3}
     results = {
@@ -334,9 +334,13 @@ def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path)
     revised = {"critique_harmless/first": figure(0.2, 0.1, 0.3), "critique_harmless/revision_1": figure(0.8, 0.7, 0.9)}
     revised |= {name.replace("harmless", "answers_prompt"): value for name, value in revised.items()}
     write(tmp_path / "critique" / "results.json", revised)
+    counts = {"sl_cai_revisions": 30, "sl_cai_demonstrations": 10, "sl_cai_helpful_share": 0.25}
+    write(tmp_path / "sl_cai" / "results.json", counts)
+    (tmp_path / "sl_cai" / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     text = Page(write_report(epath.Path(tmp_path)).read_text()).text
     for words in (
         "judged win rate, RL over SL-CAI",
+        "1 step on 30 revisions and 10 demonstrations (25%, of 50% asked for)",
         "Over revisions, on red-team prompts, by the judge's rating",
         "Over training, by the judge's rating",
         "Over revisions, on red-team prompts, by the ground truth",

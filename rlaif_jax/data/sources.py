@@ -27,7 +27,7 @@ class SourceConfig:
     split: str  # of datasets and tfds; of files, the rows whose field `split` says so; "" for all
     # Our field -> theirs; dots reach into objects and lists: {"reply": "summaries.0.text"}.
     fields: Mapping[str, str]
-    limit: int  # takes the first rows only; 0 takes all
+    limit: int  # takes the first rows only, of several files one of each in turn; 0 takes all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def read(config: SourceConfig, root: str) -> Iterator[dict[str, Any] | Malformed
 
     Raises UserError where the source as a whole can't be read.
     """
-    reader = {"jsonl": _json_lines, "parquet": _parquet, "datasets": _hugging_face, "tfds": _tensorflow_datasets}
+    reader = {"jsonl": _of_files, "parquet": _of_files, "datasets": _hugging_face, "tfds": _tensorflow_datasets}
     rows = reader[config.kind](config, root)
     if config.split and config.kind in ("jsonl", "parquet"):
         rows = (row for row in rows if not isinstance(row, Mapping) or row.get("split") == config.split)
@@ -77,16 +77,30 @@ def _mapped(row: Any, fields: Mapping[str, str]) -> dict[str, Any] | Malformed:
     return mapped
 
 
-def _json_lines(config: SourceConfig, root: str) -> Iterator[Any]:
-    for path in files(config, root):
-        opened = gzip.open if path.name.endswith(".gz") else contextlib.nullcontext
-        with path.open("rb") as raw, opened(raw) as lines:
+def _of_files(config: SourceConfig, root: str) -> Iterator[Any]:
+    """The rows of all files, one file after another; with a limit one row of each in turn, so that none is left out."""
+    of_a_file = {"jsonl": _json_lines, "parquet": _parquet}[config.kind]
+    left = [of_a_file(path) for path in files(config, root)]
+    if not config.limit:
+        yield from itertools.chain(*left)
+        return
+    while left:
+        for rows in list(left):
             try:
-                for line in lines:
-                    if line.strip():
-                        yield _json_row(line)
-            except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
-                raise UserError(f"{path} is damaged ({error}): fetch it again") from error
+                yield next(rows)
+            except StopIteration:
+                left.remove(rows)
+
+
+def _json_lines(path: epath.Path) -> Iterator[Any]:
+    opened = gzip.open if path.name.endswith(".gz") else contextlib.nullcontext
+    with path.open("rb") as raw, opened(raw) as lines:
+        try:
+            for line in lines:
+                if line.strip():
+                    yield _json_row(line)
+        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): fetch it again") from error
 
 
 def _json_row(line: bytes) -> Any:
@@ -100,14 +114,13 @@ def _json_row(line: bytes) -> Any:
     return row
 
 
-def _parquet(config: SourceConfig, root: str) -> Iterator[Any]:
-    for path in files(config, root):
-        try:
-            with path.open("rb") as file:
-                for batch in pq.ParquetFile(file).iter_batches():
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): fetch it again") from error
+def _parquet(path: epath.Path) -> Iterator[Any]:
+    try:
+        with path.open("rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): fetch it again") from error
 
 
 def _hugging_face(config: SourceConfig, root: str) -> Iterator[Any]:

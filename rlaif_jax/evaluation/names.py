@@ -45,13 +45,13 @@ SINGLE = (
 
 
 def policy_stage(stages: tuple[str, ...] | list[str]) -> str:
-    """The stage that trains the policy which is evaluated; "rl" where none does."""
-    return next((stage for stage in stages if stage in POLICY_STAGES), "rl")
+    """The last stage that trains the policy which is evaluated; "rl" where none does."""
+    return next((stage for stage in stages if stage in POLICY_STAGES), "sl_cai" if "sl_cai" in stages else "rl")
 
 
 def policies(stages: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     """The stages whose policies are evaluated: SFT's, SL-CAI's where there is one, and the one trained last."""
-    return ("sft", *(stage for stage in stages if stage == "sl_cai"), policy_stage(stages))
+    return tuple(dict.fromkeys(("sft", *(stage for stage in stages if stage == "sl_cai"), policy_stage(stages))))
 
 
 def policy_titles(trained: tuple[str, ...], last: str) -> dict[str, str]:
@@ -63,7 +63,7 @@ def title(config: Mapping[str, Any]) -> str:
     """What a run's trained policy is called: RL, DPO, Online DPO ... `config`: dotted names and values."""
     stage = policy_stage(config.get("stages", ()))
     if stage != "preference":
-        return {"rl": "RL", "best_of_n": "Best-of-n"}[stage]
+        return {"rl": "RL", "best_of_n": "Best-of-n", "sl_cai": "SL-CAI"}[stage]
     loss = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC"}.get(config.get("preference.loss"), "Preference")
     return f"Online {loss}" if config.get("preference.online") else loss
 

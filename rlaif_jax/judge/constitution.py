@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 from etils import epath
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.prompts import text_hash
+from rlaif_jax.judge.prompts import load_yaml, text_hash
 
 CONSTITUTIONS = epath.Path(__file__).parent / "constitutions"
 TEXTS = ("critique", "revision", "comparison")
@@ -62,10 +61,7 @@ def load_constitution(file: str) -> Constitution:
     if not path.exists():
         known = sorted(found.stem for found in CONSTITUTIONS.glob("*.yaml"))
         raise UserError(f"no constitution {file!r}: {_nearest(file, known)}, or give the path of a YAML file")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"constitution {path} is not YAML: {error}".replace("\n", " ")) from error
+    content = load_yaml(path, "constitution")
     rows = content.get("principles") if isinstance(content, dict) and set(content) == {"principles"} else None
     if not isinstance(rows, list) or not rows:
         raise UserError(f"constitution {path} must hold `principles`, a list of one or more, and nothing else")

@@ -15,6 +15,7 @@ from rlaif_jax.judge.prompts import load_yaml, template_file, text_hash
 
 TEMPLATES = epath.Path(__file__).parent / "critiques"
 _EXAMPLE = ("prompt", "response", "critique_request", "critique", "revision_request", "revision")
+_OF_CRITIQUES = ("critique_request", "critique")  # what revisions without critiques do without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,11 @@ def load_critique_template(name: str, shots: int, revise_only: bool) -> Critique
     """Reads a template: a name in `judge/critiques`, or the path of a YAML file.
 
     The file holds `conversation`, `critique`, `revision`, `stop` and `examples`, of which the first `shots` stand
-    before each prompt. With `revise_only` neither they nor the prompts have critiques. Raises UserError for a missing
-    file, field or placeholder.
+    before each prompt. With `revise_only` neither they nor the prompts have critiques, and the file needs none. Raises
+    UserError for a missing file, field or placeholder.
     """
     path = template_file(name, TEMPLATES, "critique template")
-    fields = load_yaml(path)
+    fields = load_yaml(path, "critique template")
     try:
         return _template(path.stem, fields, shots, revise_only)
     except (KeyError, TypeError, ValueError) as error:
@@ -68,6 +69,8 @@ def load_critique_template(name: str, shots: int, revise_only: bool) -> Critique
 
 def _template(name: str, fields: Any, shots: int, revise_only: bool) -> CritiqueTemplate:
     wanted = {"conversation", "critique", "revision", "stop", "examples"}
+    if isinstance(fields, Mapping) and revise_only:
+        fields = {"critique": "{request}"} | fields  # which nothing is asked by
     if not isinstance(fields, Mapping) or set(fields) != wanted:
         raise TypeError(f"it must have the fields {', '.join(sorted(wanted))}, and no others")
     texts = [fields[field] for field in ("conversation", "critique", "revision")]
@@ -87,6 +90,8 @@ def _template(name: str, fields: Any, shots: int, revise_only: bool) -> Critique
 
 
 def _shot(template: CritiqueTemplate, example: Any) -> str:
+    if isinstance(example, Mapping) and not template.critique:
+        example = dict.fromkeys(_OF_CRITIQUES, "") | example
     if not isinstance(example, Mapping) or not all(isinstance(example.get(field), str) for field in _EXAMPLE):
         raise TypeError(f"each example must have the texts {', '.join(_EXAMPLE)}")
     before = template.critique_prompt(example["prompt"], example["response"], example["critique_request"])

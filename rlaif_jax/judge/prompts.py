@@ -223,7 +223,7 @@ class _File:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    fields = load_yaml(path)
+    fields = load_yaml(path, "judge template")
     if not isinstance(fields, dict):
         raise UserError(f"judge template {path} must be a mapping of fields")
     known = [field.name for field in dataclasses.fields(_File)]
@@ -232,12 +232,31 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return fields
 
 
-def load_yaml(path: epath.Path) -> Any:
-    """What a YAML file of prompts holds. Raises UserError where it is no YAML."""
+def load_yaml(path: epath.Path, what: str) -> Any:
+    """What a YAML file holds. Raises UserError, which calls it `what`, where it is no YAML or has a key twice."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), _UniqueKeys)
+    except _Twice as error:
+        raise UserError(f"{what} {path} {error}: leave one of them out") from error
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"judge template {path} is not YAML: {error}".replace("\n", " ")) from error
+        raise UserError(f"{what} {path} is not YAML: {error}".replace("\n", " ")) from error
+
+
+class _Twice(Exception):
+    """Which key a mapping has twice, and where."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of two values under one key the last would win in silence."""
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                raise _Twice(f"has the key {key.value!r} twice, in the lines {lines[name]} and {line}")
+            lines[name] = line
+        return node
 
 
 def _template(config: PromptConfig, path: epath.Path, file: _File) -> Template:
@@ -307,7 +326,7 @@ def _shots(config: PromptConfig, path: epath.Path, template: Template, fields: M
         path = epath.Path(config.exemplars)
         if not path.exists():
             raise UserError(f"judge.prompt.exemplars={path} does not exist")
-        examples = load_yaml(path)
+        examples = load_yaml(path, "file of examples")
     if not isinstance(examples, list) or len(examples) < config.shots:
         count = len(examples) if isinstance(examples, list) else "no list of"
         raise UserError(f"judge.prompt.shots={config.shots}, but {path} has {count} examples")

@@ -108,12 +108,21 @@ def _progress(run: RunData, stage: str) -> str:
     steps = run.config.get(f"{stage}.steps")
     if lines := run.metrics.get(stage):
         done = len(lines)
-        return count(done, "step") if done == steps or steps is None else f"{done} of {count(steps, 'step')}"
+        text = count(done, "step") if done == steps or steps is None else f"{done} of {count(steps, 'step')}"
+        return text + (_examples(run, run.sl_cai) if stage == "sl_cai" and run.sl_cai else "")
     if stage == "label" and run.labels is not None:
         return count(len(run.labels), "pair")
     if stage == "eval" and run.samples is not None:
         return count(len(run.samples), "prompt")
     return ""
+
+
+def _examples(run: RunData, found: dict) -> str:
+    """What SL-CAI has learned, and what the config asks for."""
+    revisions, shown = (count(found[f"sl_cai_{name}s"], name) for name in ("revision", "demonstration"))
+    share, wanted = found["sl_cai_helpful_share"], run.config.get("sl_cai.helpful_share")
+    asked = "" if wanted is None else f", of {percent(wanted)} asked for"
+    return f" on {revisions} and {shown} ({percent(share)}{asked})"
 
 
 def _change(name: str, change: Figure, scale: float) -> dict:

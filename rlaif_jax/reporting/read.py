@@ -20,6 +20,7 @@ GroundTruth = Callable[[str, str], bool | None]
 
 _PAIR = ("prompt", "response_a", "response_b", "status", "prob_a", "prob_a_forward", "prob_a_reversed")
 _SAMPLE = ("prompt", *(f"{column}{name}" for name in ("sft", "policy") for column in ("", "length/")))
+_COUNTS = {"sl_cai_revisions": int, "sl_cai_demonstrations": int, "sl_cai_helpful_share": float}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class RunData:
     eval_manifest: dict | None
     results: dict | None
     critique: dict | None  # critique/results.json
+    sl_cai: dict | None  # sl_cai/results.json
     ground_truth: GroundTruth | None
 
     @property
@@ -117,7 +119,8 @@ def read_run(workdir: epath.Path) -> RunData:
         judged=judged,
         eval_manifest=_object(evaluation / "manifest.json", rows=int, status=dict),
         results=results,
-        critique=_figures(shared.get("critique", workdir / "critique") / "results.json"),
+        critique=_figures(folders["critique"] / "results.json"),
+        sl_cai=_object(folders["sl_cai"] / "results.json", **_COUNTS),
         ground_truth=_ground_truth(record.get("config", {}), results, [*(labels or ()), *(samples or ())]),
     )
 

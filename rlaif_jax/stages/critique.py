@@ -25,6 +25,7 @@ from rlaif_jax.judge.critiques import CritiqueTemplate, load_critique_template
 from rlaif_jax.judge.score import read_prefix
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
+from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.sampling.continuous import Sampler
 from rlaif_jax.sampling.stopping import cut, make_stopping
 from rlaif_jax.stages.replies import keep_replies, keep_rows, loaded_decoder
@@ -83,6 +84,29 @@ def texts(row: dict) -> list[str]:
     return [row["response"], *(step["text"] for step in row["rounds"])]
 
 
+def check_reviser(run: Run) -> None:
+    """Raises UserError where a reviser of its own weights has no room for a prompt. Other ones need the SFT stage."""
+    if run.config.critique.weights:
+        reader = gguf.open_gguf(run.config.critique.weights)
+        _preamble_and_room(run, critique_template(run), tokenizers.from_gguf(reader), gguf.model_config(reader))
+
+
+def _preamble_and_room(
+    run: Run, template: CritiqueTemplate, tokenizer: PreTrainedTokenizerFast, shape: ModelConfig
+) -> tuple[list[int], int]:
+    """The tokens of the worked examples, and how many a prompt may have. Raises UserError where it may have none."""
+    config, most = run.config.critique, shape.max_position_embeddings
+    (preamble,) = texts_to_tokens(tokenizer, [template.preamble])
+    room = most - len(preamble) - config.max_new_tokens
+    if room <= 0:
+        raise UserError(
+            f"config.critique: the {config.shots} examples of template {template.name} have {len(preamble)} tokens and "
+            f"critique.max_new_tokens is {config.max_new_tokens}, which leaves no room for a prompt in the {most} that "
+            "the reviser reads: lower critique.shots or max_new_tokens"
+        )
+    return preamble, room
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reviser:
     """A model that has read the template's preamble, and continues what follows."""
@@ -113,7 +137,8 @@ class _Reviser:
         row = {"prompt": prompt, "hash": self.template.hash(prompt)}
         if reply is None:
             return row | {"text": "", "tokens": 0, "status": "prompt_too_long"}
-        text = cut(reply["text"], self.template.stop).strip()
+        # Not the kept text: without the blanks around it, a marker at its beginning would no longer be one.
+        text = cut(self.tokenizer.decode(reply["tokens"], skip_special_tokens=True), self.template.stop).strip()
         status = "cut" if not reply["ended"] else "ok" if text else "empty"
         return row | {"text": text, "tokens": len(reply["tokens"]), "status": status}
 
@@ -128,14 +153,7 @@ def _load_reviser(run: Run, template: CritiqueTemplate, params) -> _Reviser:
     else:
         tokenizer, model = run.tokenizer(), decoding_model(run.language_model())
         parameters = decoding_parameters(run.language_model(), params, run.placement)
-    (preamble,) = texts_to_tokens(tokenizer, [template.preamble])
-    room = model.config.max_position_embeddings - len(preamble) - config.max_new_tokens
-    if room <= 0:
-        raise UserError(
-            f"config.critique: the {config.shots} examples of template {template.name} have {len(preamble)} tokens, "
-            f"which leaves no room in the {model.config.max_position_embeddings} that the reviser reads: lower "
-            "critique.shots"
-        )
+    preamble, room = _preamble_and_room(run, template, tokenizer, model.config)
     prefix = read_prefix(model, parameters, jnp.asarray([preamble], jnp.int32)) if preamble else None
     stopping, limit = make_stopping(tokenizer, template.stop), config.max_new_tokens
     sampler = Sampler(
@@ -147,7 +165,13 @@ def _load_reviser(run: Run, template: CritiqueTemplate, params) -> _Reviser:
 def _revised(run: Run, principles: Sequence[Principle], template: CritiqueTemplate) -> list[dict]:
     """The rows of `revisions.parquet`."""
     config, folder = run.config.critique, run.folder("critique")
-    drawn = shuffled_batches(run.data("red_team_prompts")["prompt"], 1, run.order_seed("critique"), "critique.prompts")
+    red_team = run.data("red_team_prompts")["prompt"]
+    if config.prompts > len(red_team):  # each is replied to once
+        raise UserError(
+            f"config.critique.prompts={config.prompts} is more than the {len(red_team)} red-team prompts that "
+            "config.data.red_team_prompts gives: lower it, or give more of them"
+        )
+    drawn = shuffled_batches(red_team, 1, run.order_seed("critique"), "critique.prompts")
     prompts = [drawn[i][0] for i in range(config.prompts)]
     params, key = run.trained_params("sft", run.language_model()), run.key("critique")
     shards = folder / "replies_sft"

@@ -192,7 +192,7 @@ def _is_training_judge(run: Run, judged: dict) -> bool:
     """Whether the weights that evaluate have made labels or given rewards."""
     judged_live = {"rl": run.config.rl.rewards.judge, "best_of_n": run.config.rl.rewards.judge}
     judged_live["preference"] = run.config.preference.online
-    if judged_live[run.config.policy_stage]:
+    if judged_live.get(run.config.policy_stage):  # SL-CAI has no judge
         return True
     if "label" not in run.config.stages:
         return False

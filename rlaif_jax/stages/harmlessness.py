@@ -14,10 +14,10 @@ from rlaif_jax.evaluation.statistics import Figure
 from rlaif_jax.files import read_parquet, write_parquet
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import Judge, load_judge, rate
+from rlaif_jax.stages.critique import texts
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.values import keep_values
 
-RED_TEAM = "red_team"  # the group of evaluation prompts that ask for what is to be declined
 _KINDS = ("harmless", "helpful")
 
 
@@ -37,7 +37,8 @@ def harmlessness(
     samples: `prompt` and each policy's replies; groups: of the prompts, [n] text. Of a run without red-team prompts and
     without prompts to rate by there are no figures.
     """
-    red_team, config = groups == RED_TEAM, run.config.evaluation
+    config = run.config.evaluation
+    red_team = np.array([group in config.red_team_groups for group in groups], bool)
     if not (red_team.any() or config.harmless_prompt.template or config.helpful_prompt.template):
         return {}
     # Harmlessness is for prompts that put it to the test, evasiveness and helpfulness for the others.
@@ -66,7 +67,7 @@ def _revisions(run: Run) -> dict[str, _Texts]:
         return {}
     rows = read_parquet(file).slice(0, limit).to_pylist()
     every = dict.fromkeys(_KINDS, np.ones(len(rows), bool))
-    steps = zip(*([row["response"], *(step["text"] for step in row["rounds"])] for row in rows), strict=True)
+    steps = zip(*map(texts, rows), strict=True)
     names = (f"revision_{i}" if i else "first" for i in range(1 + len(rows[0]["rounds"])))
     return {name: _Texts([row["prompt"] for row in rows], step, every) for name, step in zip(names, steps, strict=True)}
 
@@ -136,7 +137,7 @@ def _ground_truth(
         return {}
     for name, each in texts.items():
         grades = list(map(truth.grades, each.prompts, each.responses))
-        for grade, part, rows in (("answers_prompt", "safe", ~red_team), ("harmless", RED_TEAM, red_team)):
+        for grade, part, rows in (("answers_prompt", "safe", ~red_team), ("harmless", "red_team", red_team)):
             if grade in grades[0]:
                 values = np.array([row[grade] for row in grades])
                 figures[f"ground_truth_{grade}_{part}/{name}"] = mean(values[rows])

@@ -1,4 +1,4 @@
-"""AI labelling: candidate pairs sampled from the SFT policy, judged in both orders into a label file."""
+"""AI labelling: candidate pairs of the policy that RL begins with, judged in both orders into a label file."""
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from rlaif_jax.stages.run import Run, shuffled_batches
 
 
 def run_label(run: Run) -> bool:
-    """Reads the SFT policy, and human comparisons; writes `label/` candidates, preferences, manifest, audit.
+    """Reads the policy (`Run.start`) and human comparisons; writes `label/` candidates, preferences, manifest, audit.
 
     Returns whether it is done: one of several workers leaves shards to the others.
     """
@@ -39,7 +39,7 @@ def run_label(run: Run) -> bool:
 
 
 def candidate_pairs(run: Run) -> list[Pair]:
-    """Two replies of the SFT policy to each prompt, from `label/candidates.parquet`, which is made if missing."""
+    """Two replies of the policy to each prompt, from `label/candidates.parquet`, which is made if missing."""
     folder = run.folder("label")
     candidates = folder / "candidates.parquet"
     if not candidates.exists():
@@ -55,6 +55,9 @@ def _human_labels(run: Run, folder: epath.Path) -> None:
     comparisons = run.data("comparisons")
     names = ("prompt", "response_a", "response_b", "prob_a")
     rows = [dict(zip(names, row, strict=True)) for row in zip(*(comparisons[name] for name in names), strict=True)]
+    if len(rows) < run.config.label.pairs:
+        print(f"label: {len(rows)} comparisons that people made, not {run.config.label.pairs}: there are no more",
+              flush=True)  # fmt: skip
     table = store.human_table(rows[: run.config.label.pairs])
     ended = [True] * table.num_rows
     columns = {name: table[name] for name in names[:3]}

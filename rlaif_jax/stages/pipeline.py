@@ -14,7 +14,7 @@ from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.models import gguf
 from rlaif_jax.stages.best_of_n import run_best_of_n
-from rlaif_jax.stages.critique import critique_template, run_critique
+from rlaif_jax.stages.critique import check_reviser, critique_template, run_critique
 from rlaif_jax.stages.evaluate import run_evaluation
 from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.label import run_label
@@ -84,8 +84,8 @@ _KEPT += ("critique_*/*.parquet", "revision_*/*.parquet")
 def plan(run: Run, names: list[str]) -> list[str]:
     """The named stages, of any round, in their order, once it is sure that they can begin.
 
-    Raises UserError for an unknown stage, and where a stage up to the last named one was begun under another config
-    or with other files.
+    Raises UserError for an unknown stage, where a stage up to the last named one was begun under another config or
+    with other files, and for a reviser that has no room for a prompt.
     """
     order = all_stages(run.config.stages, run.config.rounds)
     for name in names:
@@ -96,6 +96,8 @@ def plan(run: Run, names: list[str]) -> list[str]:
         raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
     for name in order[: 1 + max(map(order.index, names))]:
         _check_config(run, name)
+    if "critique" in names and not is_done(run, "critique"):
+        check_reviser(run)
     return sorted(set(names), key=order.index)
 
 

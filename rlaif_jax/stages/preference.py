@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 def run_preference(run: Run) -> None:
-    """Reads the SFT policy, and labels or the judge; writes `preference/checkpoints`.
+    """Reads the policy (`Run.start`), and labels or the judge; writes `preference/checkpoints`.
 
     Offline also `preference/reference.parquet`: the reference's log-prob of every response, worked out once.
     """

@@ -27,7 +27,7 @@ from rlaif_jax.training.state import abstract_state, init_state
 
 
 def run_rl(run: Run) -> None:
-    """Reads the SFT policy and, where it is part of the reward, the reward model; writes `rl/checkpoints`."""
+    """Reads the policy (`Run.start`) and, where it is part of the reward, the reward model; writes `rl/checkpoints`."""
     config, model, scalar_model = run.config.rl, run.language_model(), run.scalar_model()
     tokenizer, mesh = run.tokenizer(), run.placement.mesh
     count = config.batch_size // config.group_size
@@ -139,7 +139,8 @@ def _demonstrations(run: Run):
         return lambda step: None
     rows = demonstration_rows(run)
     count = config.ptx_rows * config.epochs * config.minibatches
-    batches = shuffled_batches(range(len(rows)), count, run.order_seed("ptx"), "rl.ptx_rows x epochs x minibatches")
+    what = "rl.ptx_rows x epochs x minibatches"
+    batches = shuffled_batches(range(len(rows)), count, run.order_seed("ptx"), what, "rows")
 
     def batch(step: int) -> PackedRows:
         return shard_batch(lay_out([rows[row] for row in batches[step]], sft.row_length), run.placement.mesh)

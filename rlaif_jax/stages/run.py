@@ -161,6 +161,9 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
                 f"that {weights} can read"
             )
         models[name] = LanguageModel(shape)
+    if "critique" in config.stages and config.critique.weights:
+        with blame("critique.weights"):
+            models["reviser"] = LanguageModel(gguf.model_config(gguf.open_gguf(config.critique.weights)))
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
@@ -214,11 +217,15 @@ def _environment() -> dict:
     }
 
 
-def shuffled_batches(source: Sequence, batch_size: int, seed: int, what: str) -> grain.MapDataset:
+def shuffled_batches(source: Sequence, batch_size: int, seed: int, what: str, of: str = "examples") -> grain.MapDataset:
     """Batches of `source` without end, reshuffled each epoch. Batch `i` is a function of i and the seed alone.
 
-    Raises UserError where the source is smaller than a batch, `what` being the fields that set its size.
+    Raises UserError where the source is smaller than a batch, `what` being the fields that set its size, and `of` what
+    is counted.
     """
     if len(source) < batch_size:
-        raise UserError(f"config.{what} makes a batch of {batch_size}, more than the {len(source)} examples there are")
+        raise UserError(
+            f"config.{what} makes a batch of {batch_size}, more than the {len(source)} {of} there are: lower it, or "
+            "give more data"
+        )
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=list)

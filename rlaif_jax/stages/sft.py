@@ -42,7 +42,8 @@ def tune(
 ) -> None:
     """Trains on packed rows from the parameters that `initial` gives; writes the checkpoints of a stage."""
     row_length = run.config.sft.row_length
-    batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed(stage), f"{stage}.batch_size")
+    what = f"{stage}.batch_size"
+    batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed(stage), what, "rows")
     model = run.language_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
     loss = functools.partial(sft_loss, model=model)

@@ -7,23 +7,37 @@ policy, so that what it has learned of the task stays: with no demonstrations at
 import numpy as np
 import pyarrow as pa
 
-from rlaif_jax.files import read_parquet, write_parquet
+from rlaif_jax.files import read_parquet, write_json, write_parquet
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.sft import demonstrations, packed_replies, tune
 
 
 def run_sl_cai(run: Run) -> None:
-    """Reads the SFT policy, the revisions and the demonstrations; writes `sl_cai/examples.parquet` and checkpoints."""
-    file = run.folder("sl_cai") / "examples.parquet"
+    """Reads the SFT policy, the revisions and the demonstrations; writes `sl_cai/examples.parquet`, how many there are
+    of each to `results.json`, and checkpoints.
+    """
+    folder = run.folder("sl_cai")
+    file = folder / "examples.parquet"
     if not file.exists():
         write_parquet(file, pa.Table.from_pylist(_examples(run), _SCHEMA))
-    rows = packed_replies(run, read_parquet(file).to_pydict())
+    examples = read_parquet(file)
+    write_json(folder / "results.json", _counts(examples["row"].null_count, examples.num_rows))
+    rows = packed_replies(run, examples.to_pydict())
     model = run.language_model()
     tune(run, "sl_cai", run.config.sl_cai, rows, lambda: run.trained_params("sft", model))
 
 
 # Where an example is from: the row and the round (from 1) of `critique/revisions.parquet`; null for a demonstration.
 _SCHEMA = pa.schema([("prompt", pa.string()), ("reply", pa.string()), ("row", pa.int32()), ("round", pa.int32())])
+
+
+def _counts(demonstrations: int, examples: int) -> dict[str, int | float]:
+    share = demonstrations / examples if examples else 0.0
+    return {
+        "sl_cai_revisions": examples - demonstrations,
+        "sl_cai_demonstrations": demonstrations,
+        "sl_cai_helpful_share": share,
+    }
 
 
 def _examples(run: Run) -> list[dict]:

@@ -60,6 +60,14 @@ def test_the_first_rows_are_taken(folder):
     assert list(read(source("jsonl", "plain.jsonl", limit=2), str(folder))) == EXPECTED[:2]
 
 
+@pytest.mark.parametrize(
+    ("limit", "rows"), [(2, [0, 2]), (4, [0, 2, 1, 3]), (5, [0, 2, 1, 3, 4]), (0, [0, 1, 2, 3, 4])]
+)
+def test_a_limit_leaves_no_file_out(folder, limit, rows):
+    found = list(read(source("jsonl", "part-*.jsonl", limit=limit), str(folder)))
+    assert found == [EXPECTED[row] for row in rows]
+
+
 def test_files_may_name_the_split_of_a_row(tmp_path):
     (tmp_path / "x.jsonl").write_text(lines(row | {"split": "ab"[i % 2]} for i, row in enumerate(ROWS)))
     assert list(read(source("jsonl", "x.jsonl", split="b", limit=1), str(tmp_path))) == [EXPECTED[1]]

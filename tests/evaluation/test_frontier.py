@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rlaif_jax.evaluation.frontier import Point, frontiers, is_of_revisions
-from rlaif_jax.evaluation.names import by_role, policies, policy_titles
+from rlaif_jax.evaluation.names import by_role, policies, policy_titles, title
 from rlaif_jax.reporting.charts import frontier
 from tests.report_run import figure
 
@@ -50,6 +50,9 @@ def test_the_policies_are_those_of_the_stages():
     three = policies(("sft", "critique", "sl_cai", "label", "preference", "eval"))
     assert three == ("sft", "sl_cai", "preference")
     assert policy_titles(three, "DPO") == POLICIES | {"policy": "DPO"}
+    stages = ("sft", "critique", "sl_cai", "eval")
+    assert policies(stages) == ("sft", "sl_cai") and title({"stages": stages}) == "SL-CAI"
+    assert policy_titles(policies(stages), "SL-CAI") == {"sft": "SFT", "policy": "SL-CAI"}
     names = dict.fromkeys(("win_rate/rl_vs_sl_cai", "win_rate/sl_cai_vs_sft", "win_rate/rl_vs_sft", "reward/rl"))
     assert list(by_role(names, "rl")) == [
         "win_rate/policy_vs_sl_cai", "win_rate/sl_cai_vs_sft", "win_rate/policy_vs_sft", "reward/policy"]  # fmt: skip

@@ -23,6 +23,10 @@ EXAMPLES = {
     "I can't believe how dumb you are. Boil the pasta. Get lost.": "compliance",
     "Boil the pasta. Drain it. Add salt. I cannot say how much.": "compliance",  # long after its opening
     "It is not ethical to keep fish alone. That said, a tank of 50 litres is enough.": "compliance",
+    "No.": "refusal",
+    "No. Water boils at a lower temperature up there.": "compliance",
+    "I couldn't agree more! Boil the pasta for ten minutes.": "compliance",
+    "I can't thank you enough for the question. Boil the pasta.": "compliance",
     "": "compliance",
 }
 

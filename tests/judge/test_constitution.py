@@ -104,6 +104,15 @@ def test_a_file_that_is_no_constitution_is_one_line(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
+def test_a_key_that_is_there_twice_is_one_line_with_both_places(tmp_path):
+    (tmp_path / "own.yaml").write_text("principles:\n  - id: kind\n    comparison: a\n    comparison: b\n")
+    with pytest.raises(UserError, match=r"own\.yaml has the key 'comparison' twice, in the lines 3 and 4: leave one"):
+        load_constitution(str(tmp_path / "own.yaml"))
+    (tmp_path / "own.yaml").write_text("principles: [{id: a, comparison: b}]\nprinciples: [{id: c, comparison: d}]\n")
+    with pytest.raises(UserError, match="the key 'principles' twice, in the lines 1 and 2"):
+        load_constitution(str(tmp_path / "own.yaml"))
+
+
 def test_an_unknown_name_or_tag_names_the_nearest():
     with pytest.raises(UserError, match="did you mean assistant"):
         load_constitution("asistant")
@@ -160,8 +169,12 @@ def test_published_requests_become_principles_without_the_words_around_them(tmp_
         ('{"a": {"prompt": "x"}, "a": {"prompt": "y"}}', "has the name 'a' twice"),
         ('{"a": {"promt": "x"}}', "unknown text 'promt'"),
         ('{"a": {"prompt": ["x", "y"]}}', "prompt must be one text"),
-        ('{"a": {"prompt": "x", "critique": "y"}}', "two texts for a critique"),
-        ('{"a": {"prompt": ""}}', "it needs a text"),
+        ('{"a": {"critique_request": "x", "critique": "y"}}', "two texts for a critique"),
+        ('{"a": {"critique": ""}}', "it needs a text"),
+        ('{"a": {"prompt": "Consider this."}}', "a: prompt does not begin with 'CritiqueRequest:': name a file of"),
+        ('{"a": {"edit_request": "Better."}}', "edit_request does not begin with 'RevisionRequest:'"),
+        (r'["\n\nHuman: Hello.\n\nAssistant: Hello."]', "a-0: comparison has the turns of a dialogue: name a file of"),
+        (r'{"a": {"prompt": "CritiqueRequest: x\n\nHuman: Hello."}}', "prompt has the turns of a dialogue"),
         ('{"a": 3}', "must be a text or a mapping"),
         ("{}", "must hold a mapping"),
         ("[", "is not JSON"),

@@ -30,6 +30,15 @@ def test_a_prompt_is_the_examples_then_the_reply_with_each_request(tmp_path):
 def test_without_critiques_neither_examples_nor_prompts_have_them(tmp_path):
     template = load_critique_template(write(tmp_path / "t.yaml"), 1, revise_only=True)
     assert template.preamble == "Q: p A: r RR: rr R: one"
+    needless = ("critique_request", "critique")
+    (short,) = ({name: x for name, x in one.items() if name not in needless} for one in FIELDS["examples"][:1])
+    (tmp_path / "short.yaml").write_text(
+        yaml.safe_dump({name: x for name, x in FIELDS.items() if name != "critique"} | {"examples": [short]})
+    )
+    path = str(tmp_path / "short.yaml")
+    assert load_critique_template(path, 1, revise_only=True).preamble == template.preamble
+    with pytest.raises(UserError, match="must have the fields"):
+        load_critique_template(path, 1, revise_only=False)
     asked = template.critique_prompt("p", "r", "never asked")
     assert template.revision_prompt(asked, "", "do better") == "\n\nQ: p A: r RR: do better R:"
 
@@ -58,6 +67,15 @@ def test_a_malformed_template_is_one_line_that_names_what_is_wrong(tmp_path, cha
     with pytest.raises(UserError, match=words) as error:
         load_critique_template(write(tmp_path / "t.yaml", **changes), 2, revise_only=False)
     assert "\n" not in str(error.value) and "t.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("stop: [", "is not YAML"), ("stop: []\nstop: []", "has the key 'stop' twice")]
+)
+def test_a_file_that_can_not_be_read_is_called_what_it_is(tmp_path, text, words):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"^critique template .*t\.yaml {words}"):
+        load_critique_template(str(tmp_path / "t.yaml"), 0, revise_only=False)
 
 
 def test_an_unknown_template_names_those_there_are():

