@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -8,7 +9,15 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from rlaif_jax.models.parameters import abstract_parameters
 from rlaif_jax.models.transformer import ScalarModel
-from rlaif_jax.stages.reward_model import Comparisons, _labels_by_member, calibrated_scale, reward_loss, split_rows
+from rlaif_jax.stages.reward_model import (
+    Comparisons,
+    _figures,
+    _labels_by_member,
+    _normalisation,
+    calibrated_scale,
+    reward_loss,
+    split_rows,
+)
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.reward_models import (
     RewardModel,
@@ -70,6 +79,23 @@ def test_a_pair_is_trained_on_or_held_out_with_all_of_its_labels(train_pairs, tr
     assert split_rows(config, pairs) == (range(trained), slice(14, None))
     assert split_rows(dataclasses.replace(config, validation_pairs=0), pairs)[1] == slice(20, None)
     assert split_rows(config, [4, 4]) == (range(0), slice(0, None))
+
+
+def test_figures_on_held_out_labels_count_each_pair_once():
+    config = dataclasses.replace(quickstart_config(), reward_model=dataclasses.replace(CONFIG, validation_pairs=3))
+    run = types.SimpleNamespace(config=config, ground_truth=lambda: None)
+    table = {"pair": [4, 4, 5, 6, 6, 6], "prob_a": [0.9, 0.2, 0.7, 0.1, 0.6, 0.3]}
+    margins = np.array([1.0, 1, -1, -2, -2, -2])
+    zeros, lengths = np.zeros(6), (np.array([3, 3, 5, 9, 9, 9]), np.full(6, 4))
+    found = _figures(run, table, margins, zeros, lengths, [np.stack([margins, zeros]), np.zeros((2, 6))])
+    assert {figure["n"] for figure in found.values()} == {3}
+    assert found["reward_model_accuracy/held_out"]["mean"] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
+    assert found["reward_model_disagreement"]["mean"] == pytest.approx((0.25 + 0.25 + 1) / 3)
+    earlier = np.array([0.5, -0.5])  # of a pair that is trained on
+    _, held_out = split_rows(config.reward_model, [2, 2, *table["pair"]])
+    normalisation = _normalisation(run, np.append(earlier, margins), np.zeros(8), held_out, table)
+    assert normalisation["validation_pairs"] == 3
+    assert normalisation["validation_accuracy"] == found["reward_model_accuracy/held_out"]["mean"]
 
 
 def test_a_pair_without_weight_is_as_one_that_is_not_there():
