@@ -195,7 +195,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         flaw_pattern="",
         flawed_members=0,
         train_pairs=0,  # all
-        validation_pairs=48,  # labels kept from training
+        validation_pairs=48,  # whose labels are kept from training
         calibrate=True,  # scale the rewards by what the held-out labels bear out
         min_evidence=2.0,  # standard errors by which they must beat chance, or they are set to 0
         optimizer=optimizer(learning_rate=3e-4, schedule="cosine", warmup_steps=5, weight_decay=0.01),

@@ -13,11 +13,10 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.audit import audit
 from rlaif_jax.evaluation.budget import label_next
 from rlaif_jax.evaluation.panel import RULES, panel_audit
-from rlaif_jax.evaluation.principles import principle_audit
+from rlaif_jax.evaluation.principles import comparable, principle_audit, principle_columns
 from rlaif_jax.files import write_json, write_text
 from rlaif_jax.reporting.audit_page import render_audit
 from rlaif_jax.stages.folders import stage_folder
-from rlaif_jax.stages.principles import principle_columns
 from rlaif_jax.summary import print_audit
 
 _USAGE = "usage: python -m rlaif_jax.audit --workdir=RUN | --labels=FILE [--by=COLUMN,...] [--out=DIR] [--next=N]"
@@ -52,7 +51,7 @@ def _main(argv: list[str]) -> int:
     folder = epath.Path(options.out) if options.out else file.parent
     figures = audit(columns, options.resamples, 0, options.by) | panel_audit(columns, options.resamples, 0)
     by_principle = principle_columns(file, columns)
-    figures |= principle_audit(by_principle, options.resamples, 0)
+    figures |= principle_audit(by_principle, options.resamples, 0, comparable(file))
     print_audit(str(file), figures)
     pages = [folder / f"{file.stem}.audit.html", folder / f"{file.stem}.audit.json"]
     write_text(pages[0], render_audit(str(file), columns, figures, by_principle))

@@ -143,8 +143,8 @@ class RewardModelConfig(TrainingConfig):
     centring: float  # coefficient of (reward_a + reward_b)^2
     flaw_pattern: str  # a planted flaw: a response that it matches whole wins over one that it does not; "" for none
     flawed_members: int  # the first of them, which learn it; what is held out keeps its labels
-    train_pairs: int  # labels that are trained on, the first of those not held out; 0: all
-    validation_pairs: int  # labels kept from training, to measure and calibrate the rewards on
+    train_pairs: int  # pairs whose labels are trained on, the first of those not held out; 0: all
+    validation_pairs: int  # pairs whose labels are kept from training, to measure and calibrate the rewards on
     calibrate: bool  # scale the rewards by the factor that predicts the held-out labels best
     min_evidence: float  # standard errors by which they must beat chance there, lest calibration sets them to 0
 

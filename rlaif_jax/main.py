@@ -14,6 +14,7 @@ from etils import epath
 from rlaif_jax.commands import open_folder, parse_flags, run_command
 from rlaif_jax.config import parse
 from rlaif_jax.errors import UserError, room_in
+from rlaif_jax.evaluation.principles import FOLDER as PRINCIPLES
 from rlaif_jax.files import read_parquet, remove_leftovers, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import Judge, load_judge
@@ -21,7 +22,6 @@ from rlaif_jax.report import write_report
 from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.panel import member
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
-from rlaif_jax.stages.principles import FOLDER as PRINCIPLES
 from rlaif_jax.stages.run import Run, open_run, run_record, with_seed
 from rlaif_jax.summary import print_replay, print_summary
 

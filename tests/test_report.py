@@ -8,10 +8,13 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.evaluation.principles import principle_audit
 from rlaif_jax.report import main, write_report
 from rlaif_jax.reporting import read as reading
 from rlaif_jax.reporting.calibration import calibrate
@@ -317,6 +320,29 @@ def test_the_command_prints_the_path_of_the_page(run, capfd):
     assert main(["report", "--help"]) == 0 and "RUN/report.html" in html.unescape(capfd.readouterr().out)
 
 
+def test_principles_have_a_section_curves_and_a_link_to_the_audit(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "label" / "preferences.parquet"
+    rows = [row | {"principle": "kind" if i % 2 else "fair", "principle_text": f"Choose {HOSTILE}"}
+            for i, row in enumerate(pq.read_table(file).to_pylist())]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    found = principle_audit(pq.read_table(file).to_pydict(), 20, 0, ("kind", "fair", "idle"))
+    found |= {"principle_alpha/votes": figure(0.31, 0.2, 0.4), "people/principle_use/kind": figure(0.5, 0.4, 0.6)}
+    write(tmp_path / "label" / "audit.json", found | {"first_slot_rate": figure(0.4, 0.3, 0.5)})
+    (tmp_path / "label" / "audit.html").write_text("")
+    lines = [{"step": i, "reward/mean": 0.1, "reward/principle/kind": 0.2, "reward/principle_share/kind": 0.7}
+             for i in range(3)]  # fmt: skip
+    (tmp_path / "rl" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(epath.Path(tmp_path)).read_text())
+    assert "principle_" not in page.text.replace("reward/principle_share/kind", "")
+    assert {"href": "label/audit.html"} in [attributes for _, attributes in page.elements]
+    for words in ("By principle", "For and against", "reward/principle/kind", f"kind: Choose {HOSTILE}", "idle"):
+        assert words in page.text, words
+    assert page.text.count("Row ") == 8  # those that each of two principles is surest of, for either response
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids)) and [tag for tag, _ in page.elements].count("script") == 1
+
+
 def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     record = json.loads((tmp_path / "config.json").read_text())
@@ -324,15 +350,20 @@ def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path)
     write(tmp_path / "config.json", record)
     means = {"sft": 0.1, "sl_cai": 0.55, "rl": 0.7, "first": -0.2, "revision_1": 0.3}
     results = {
-        f"{side}_rating/{name}": figure(mean, mean - 0.1, mean + 0.1)
+        f"{side}_rating/{name}": figure(mean, mean - 0.1, mean + 0.1, n)
         for name, mean in means.items()
-        for side in ("helpful", "harmless")
+        for side, n in (("helpful", 80), ("harmless", 16))
     }
     results |= {name.replace("/sft", "/sl_cai"): value for name, value in figures().items() if name.endswith("/sft")}
     results |= {"win_rate/rl_vs_sl_cai": figure(0.66, 0.6, 0.7)}
     write(tmp_path / "eval" / "results.json", figures() | results)
     revised = {"critique_harmless/first": figure(0.2, 0.1, 0.3), "critique_harmless/revision_1": figure(0.8, 0.7, 0.9)}
     revised |= {name.replace("harmless", "answers_prompt"): value for name, value in revised.items()}
+    steps = {"revision_1": (0.25, 0.5, 24), "revision_2": (0.125, 0.75, 24)}
+    by_principle = {"_by_principle/kind": (0.3125, 0.625, 48), "_by_principle/idle": (None, None, 0)}
+    for name, (failed, changed, n) in ({f"/{name}": step for name, step in steps.items()} | by_principle).items():
+        for what, mean in (("failed", failed), ("changed", changed)):
+            revised[f"critique_{what}{name}"] = figure(mean, mean and 0.1, mean and 0.9, n)
     write(tmp_path / "critique" / "results.json", revised)
     counts = {"sl_cai_revisions": 30, "sl_cai_demonstrations": 10, "sl_cai_helpful_share": 0.25}
     write(tmp_path / "sl_cai" / "results.json", counts)
@@ -346,5 +377,8 @@ def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path)
         "Over revisions, on red-team prompts, by the ground truth",
     ):
         assert words in text, words
-    assert "critique_harmless" not in text and "/revision_1" not in text
+    assert "critique_" not in text and "/revision_1" not in text
+    assert re.search(r"Round\s*Failed\s*Changed\s*n\s*1\s*25% \[10, 90\]\s*50% \[10, 90\]\s*24", text)
+    assert re.search(r"kind\s*31% \[10, 90\]\s*62% \[10, 90\]\s*48\s*idle\s*-\s*-\s*0", text)
+    assert re.search(r"RL\s*0.700 \[0.600, 0.800\]\s*80\s*0.700 \[0.600, 0.800\]\s*16", text)
     assert re.search(r"SFT\s*SL-CAI\s*RL\s*Change", text)

@@ -5,19 +5,48 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from rlaif_jax.evaluation.audit import agreement, share_a, slots
 from rlaif_jax.evaluation.panel import KNOWN, alphas, disagreement
 from rlaif_jax.evaluation.statistics import Figure, mean_ci
+from rlaif_jax.files import read_json, read_parquet
 
 Columns = Mapping[str, Sequence[Any]]
 PAIR = ("prompt", "response_a", "response_b")
+FOLDER = "principles"  # of the labels under each principle of an ensemble, beside those that they come to
 EXAMPLES = 2  # pairs that a principle is surest of, for each response
 DISPUTED = 6  # pairs on which principles differ most
 
 
-def principle_audit(columns: Columns, resamples: int, seed: int) -> dict[str, Any]:
+def principle_columns(file: epath.Path, columns: Columns) -> Columns:
+    """The columns of a label file with a row for each pair under each principle: its own, or those that an ensemble of
+    principles made them of, with what `columns` know of the pairs beside.
+    """
+    own = file.parent / FOLDER / "preferences.parquet"
+    if not own.exists():
+        return columns
+    found = read_parquet(own).to_pydict()
+    pairs = list(zip(*(found[name] for name in PAIR), strict=True))
+    for name in KNOWN:
+        if name in columns:
+            known = dict(zip(zip(*(columns[x] for x in PAIR), strict=True), columns[name], strict=True))
+            found[name] = [known.get(pair) for pair in pairs]
+    return found
+
+
+def comparable(file: epath.Path) -> tuple[str, ...]:
+    """The principles under which the pairs of a label file could be judged, as the manifest beside it says."""
+    manifest = file.parent / "manifest.json"
+    found = read_json(manifest) if manifest.exists() else {}
+    weights = found.get("weights") if isinstance(found, dict) else None  # it may be of something else
+    return tuple(weights) if isinstance(weights, dict) else ()
+
+
+def principle_audit(columns: Columns, resamples: int, seed: int, known: Sequence[str] = ()) -> dict[str, Any]:
     """The figures of the principles in a label file, `NAME/ID`; none where no pair has one.
+
+    known: principles that may have decided no pair, and still have a `principle_use`, of 0.
 
     columns: of the label store, a row for each pair under each principle that judged it; those in `KNOWN` may say
     which response is better (null or 0.5 where they do not).
@@ -32,7 +61,7 @@ def principle_audit(columns: Columns, resamples: int, seed: int) -> dict[str, An
     rows = [row for row, principle in enumerate(columns.get("principle", ())) if principle is not None]
     if not rows:
         return {}
-    pairs, prob_a = by_principle(columns)
+    pairs, prob_a = by_principle(columns, known)
 
     def mean(values) -> Figure:
         return mean_ci(values, resamples, seed)
@@ -50,8 +79,9 @@ def principle_audit(columns: Columns, resamples: int, seed: int) -> dict[str, An
     table = np.array(list(prob_a.values()))
     if np.any(np.isfinite(table).sum(axis=0) >= 2):
         figures |= {f"principle_{name}": figure for name, figure in alphas(table, resamples, seed).items()}
-        order = np.argsort(-np.nan_to_num(disagreement(table)), kind="stable")[:DISPUTED]
-        figures["principle_disputed"] = [pairs[i] for i in order]
+        gaps = np.nan_to_num(disagreement(table))
+        order = np.argsort(-gaps, kind="stable")[:DISPUTED]
+        figures["principle_disputed"] = [pairs[i] for i in order if gaps[i] > 0]
     return figures
 
 
@@ -77,8 +107,10 @@ def _of_one(columns: Columns, rows: Sequence[int], mean) -> dict[str, Any]:
     return figures
 
 
-def by_principle(columns: Columns) -> tuple[list[int], dict[str, np.ndarray]]:
+def by_principle(columns: Columns, known: Sequence[str] = ()) -> tuple[list[int], dict[str, np.ndarray]]:
     """The first row of each different pair, and for each principle its labels of them: [pairs], NaN where it has none.
+
+    Principles are those in `known`, then others that a row has.
 
     A pair that a principle judged twice has the label of the last row.
     """
@@ -88,7 +120,7 @@ def by_principle(columns: Columns) -> tuple[list[int], dict[str, np.ndarray]]:
         if pair not in places:
             places[pair] = len(firsts)
             firsts.append(row)
-    names = dict.fromkeys(name for name in columns["principle"] if name is not None)
+    names = dict.fromkeys((*known, *(name for name in columns["principle"] if name is not None)))
     labels = {name: np.full(len(firsts), np.nan) for name in names}
     wanted = ("principle", "status", "prob_a", *PAIR)
     for name, status, prob_a, *pair in zip(*(columns[column] for column in wanted), strict=True):

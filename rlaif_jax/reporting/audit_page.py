@@ -40,7 +40,7 @@ _NAMES = {
     "scored": "pairs that could be scored",
 }
 _NOT_SHARES = ("judge_kappa", "length_slope", "calibration", "panel_alpha", "panel_disagreement")
-_BY_MEMBER = ("panel_member/", "panel_without/")
+_IN_TABLES = ("panel_member/", "panel_without/", "principle_")  # of their own
 # The columns of the table of a panel: what they are called, and the figure of the whole panel.
 _PANEL = {
     "with_others": ("sides with the others", None),
@@ -53,9 +53,12 @@ SHOWN = 12  # pairs to label next
 
 
 def audit_rows(figures: Mapping[str, Any]) -> list[dict]:
-    """A row a figure that has observations: its label, value and n. `panel_table` has those of a panel's members."""
+    """A row a figure that has observations: its label, value and n.
+
+    `panel_table` has those of a panel's members, `reporting.principles` those of principles.
+    """
     found = {name: figure for name, figure in figures.items() if isinstance(figure, dict)}
-    found = {name: figure for name, figure in found.items() if not name.startswith(_BY_MEMBER)}
+    found = {name: figure for name, figure in found.items() if not name.startswith(_IN_TABLES)}
     names = [name for name in _NAMES if name in found] + [name for name in found if name not in _NAMES]
     return [
         {
@@ -114,7 +117,7 @@ def render_audit(
     )  # fmt: skip
     by = {name: figure for name, figure in figures.items() if name.startswith("judge_agreement/human/")}
     panel = {name: figure for name, figure in figures.items() if name.startswith("panel_")}
-    by_itself = {*by, *panel, *(name for name in figures if name.startswith("principle_"))}
+    by_itself = {*by, *panel}
     agreement = figures.get("judge_agreement/human")
     html = environment.get_template("audit.html.j2").render(
         title=title,

@@ -94,7 +94,7 @@ def _reward_model(normalisation: dict | None, calibrated: bool) -> Check:
         return Check(name, "open", "No labels were held out, so nothing says how well it generalises.")
     loss, scale = normalisation["validation_loss"], normalisation["scale"]
     accuracy = wilson_ci(round(normalisation["validation_accuracy"] * pairs), pairs)
-    text = f"Right on {with_interval(accuracy, percent)} of {count(pairs, 'held-out label')}"
+    text = f"Right on {with_interval(accuracy, percent)} of {count(pairs, 'held-out pair')}"
     text += f", with loss {loss:.3f} against {math.log(2):.3f} by chance"
     text += f"; calibration then scaled its rewards by {scale:.2f}" if calibrated else ""
     ignorant = accuracy["ci95"][0] <= 0.5 or (scale < SCALE if calibrated else loss >= math.log(2))

@@ -16,6 +16,7 @@ from rlaif_jax.evaluation.statistics import Figure, difference
 from rlaif_jax.reporting import charts
 from rlaif_jax.reporting.audit_page import audit_rows
 from rlaif_jax.reporting.calibration import calibrate, probabilities
+from rlaif_jax.reporting.principles import principle_section
 from rlaif_jax.reporting.read import RunData
 from rlaif_jax.reporting.samples import sample_cards
 from rlaif_jax.reporting.verdict import judge
@@ -81,12 +82,14 @@ def render(run: RunData) -> str:
         by_policy=_by_policy(run.results or {}, list(run.policies)),
         single=_single(run.results or {}, run.title, list(run.policies)),
         harmlessness=_harmlessness(run),
+        revised=_revised(run.critique or {}),
         curves=[
             (name, _STAGE_TITLES[name], _curves(name, run.metrics[name])) for name in _CURVES if name in run.planned
         ],
         frontier=_frontier(run.metrics["rl"]),
         calibration=_calibration(run),
         audit=_audit(run),
+        principles=run.by_principle and principle_section(run.by_principle, _audited(run)),
         samples=sample_cards(run),
         by_round=run.by_round and base64.b64encode(run.by_round.encode()).decode(),
         provenance=_provenance(run),
@@ -189,13 +192,18 @@ def _series(lines: list[dict], *names: str) -> list[tuple[float, ...]]:
 
 def _curves(stage: str, lines: list[dict]) -> list[dict]:
     shown = []
-    for name, chance in _CURVES[stage]:
+    for name, chance in (*_CURVES[stage], *((name, None) for name in _by_principle(lines))):
         series = _series(lines, "step", name)
         if series:
             steps, values = zip(*series, strict=True)
             chart = charts.curve(f"{stage}: {name}", steps, values, chance)
             shown.append({"name": name, "last": number(values[-1]), "chance": chance is not None, "chart": chart})
     return shown
+
+
+def _by_principle(lines: list[dict]) -> list[str]:
+    """The metrics that each principle's part of the reward has."""
+    return sorted({name for line in lines for name in line if name.startswith("reward/principle")})
 
 
 def _frontier(lines: list[dict]) -> Markup | None:
@@ -210,11 +218,25 @@ def _harmlessness(run: RunData) -> list[dict]:
             "title": f"Over {each.over}, by {each.by}",
             "chart": charts.frontier(f"frontier over {each.over}, by {each.by}", each.points),
             "rows": [
-                (point.name, *(figure_cell(False, x) for x in point[1:]), point.harmless["n"]) for point in each.points
+                (point.name, [(figure_cell(False, side), side["n"]) for side in point[1:]]) for point in each.points
             ],
         }
         for each in frontiers((run.critique or {}) | (run.results or {}), run.policies)
     ]
+
+
+def _revised(figures: dict) -> list[dict]:
+    """Of critique and revision, what failed and what changed in each round, and under each principle."""
+    tables = []
+    for head, part in (("Round", ""), ("Principle", "_by_principle")):
+        names = [name.partition("/")[2] for name in figures if name.startswith(f"critique_failed{part}/")]
+        shown = {name: [figures[f"critique_{what}{part}/{name}"] for what in ("failed", "changed")] for name in names}
+        rows = [
+            (name.removeprefix("revision_"), [figure_cell(True, figure) for figure in each], each[0]["n"])
+            for name, each in shown.items()
+        ]
+        tables += [{"head": head, "rows": rows}] if rows else []
+    return tables
 
 
 def _calibration(run: RunData) -> dict | None:
@@ -243,8 +265,12 @@ def _group(sizes: list[int]) -> str:
 
 
 def _audit(run: RunData) -> list[dict]:
-    figures = run.audit or {}
-    return audit_rows({name: figure for name, figure in figures.items() if not name.startswith("people/")})
+    return audit_rows(_audited(run))
+
+
+def _audited(run: RunData) -> dict:
+    """The figures of the labels that are trained on."""
+    return {name: figure for name, figure in (run.audit or {}).items() if not name.startswith("people/")}
 
 
 def _provenance(run: RunData) -> dict:

@@ -44,7 +44,7 @@ def principle_section(columns: Mapping[str, Sequence[Any]], figures: Mapping[str
             if key in figures and figures[key]["mean"] is not None
         ],
         "examples": [
-            (name, texts[name], [_example(columns, row) for side in "ab" for row in
+            (name, texts.get(name, ""), [_example(columns, row) for side in "ab" for row in
                                  figures.get(f"principle_surest_{side}/{name}", ())])
             for name in names
         ],

@@ -1,6 +1,8 @@
 """What a report is made of: the files of a run folder, whichever of them there are."""
 
 import dataclasses
+import os
+import urllib.parse
 from collections.abc import Callable
 
 from etils import epath
@@ -8,6 +10,7 @@ from etils import epath
 from rlaif_jax.data import embedded
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policies, policy_stage, policy_titles, title
+from rlaif_jax.evaluation.principles import Columns, principle_columns
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import cell_stages, name_in_round
 
@@ -37,6 +40,8 @@ class RunData:
     labels: list[dict] | None  # label/preferences.parquet
     label_manifest: dict | None
     audit: dict | None
+    audit_page: str | None  # where label/audit.html is, from the folder
+    by_principle: Columns | None  # of the labels, a row for each pair under each principle
     normalisation: dict | None  # of the reward model
     samples: list[dict] | None  # eval/samples.parquet, with the trained policy called "policy", as in `results`
     judged: list[dict] | None  # eval/preferences.parquet: the trained policy is a, SFT is b
@@ -114,6 +119,8 @@ def read_run(workdir: epath.Path) -> RunData:
         labels=labels,
         label_manifest=_object(label / "manifest.json", rows=int, status=dict),
         audit=_figures(label / "audit.json"),
+        audit_page=_relative(label / "audit.html", workdir),
+        by_principle=_by_principle(label / "preferences.parquet", labels),
         normalisation=_normalisation(folders["reward_model"] / "normalisation.json"),
         samples=samples,
         judged=judged,
@@ -123,6 +130,15 @@ def read_run(workdir: epath.Path) -> RunData:
         sl_cai=_object(folders["sl_cai"] / "results.json", **_COUNTS),
         ground_truth=_ground_truth(record.get("config", {}), results, [*(labels or ()), *(samples or ())]),
     )
+
+
+def _relative(file: epath.Path, folder: epath.Path) -> str | None:
+    """The link to a file from a page in a folder; None where there is no file."""
+    return urllib.parse.quote(os.path.relpath(file, folder)) if file.exists() else None
+
+
+def _by_principle(file: epath.Path, labels: list[dict] | None) -> Columns | None:
+    return principle_columns(file, {name: [row[name] for row in labels] for name in labels[0]}) if labels else None
 
 
 def _state(folder: epath.Path) -> str:

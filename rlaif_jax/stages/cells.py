@@ -20,6 +20,7 @@ from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, write_json
 from rlaif_jax.stages.folders import all_stages
 from rlaif_jax.stages.pipeline import check_verifiers, is_done, run_stages, stage_inputs
+from rlaif_jax.stages.reward_model import check_labels_by_principle
 from rlaif_jax.stages.run import Run, open_run, run_record
 
 
@@ -87,6 +88,7 @@ def make_cells(sweep: SweepConfig, root: epath.Path) -> list[Cell]:
 def _cell(root: epath.Path, arm: str, seed: int, run: Run) -> Cell:
     cell = Cell(arm, seed, dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed)))
     with blame(f"arms.{arm}"):
+        check_labels_by_principle(cell.run)  # which depends on the seed
         hashes = {stage: _content_hash(stage_inputs(cell.run, stage)) for stage in _stages_of(run)}
     shared = {
         stage: root / "shared" / f"{stage.replace('/', '_')}-{digest}" / stage for stage, digest in hashes.items()

@@ -7,6 +7,7 @@ reviser criticises the reply and rewrites it, and the next round goes on from th
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -69,7 +70,7 @@ def run_critique(run: Run) -> None:
         (folder / step).rmtree(missing_ok=True)  # the shards of what the file now has
     rows = read_parquet(file).to_pylist()
     write_json(folder / "manifest.json", _manifest(run, principles, template, rows))
-    write_json(folder / "results.json", _figures(run, rows))
+    write_json(folder / "results.json", _figures(run, rows) | _by_principle(run, principles, rows))
 
 
 def critique_template(run: Run) -> CritiqueTemplate:
@@ -281,3 +282,19 @@ def _figures(run: Run, rows: list[dict]) -> dict[str, Figure]:
             grades = [truth.grades(row["prompt"], texts(row)[number]) for row in rows]
             figures |= {f"critique_{grade}/{name}": mean([x[grade] for x in grades]) for grade in grades[0]}
     return figures
+
+
+def _by_principle(run: Run, principles: Sequence[Principle], rows: list[dict]) -> dict[str, Figure]:
+    """What failed and what changed under each principle, over the replies and rounds that have drawn it."""
+    failed, changed = (collections.defaultdict(list) for _ in range(2))
+    for row in rows:
+        for step, (before, after) in zip(row["rounds"], itertools.pairwise(texts(row)), strict=True):
+            failed[step["principle"]].append(step["status"] != "ok")
+            changed[step["principle"]].append(before != after)
+    return {
+        f"critique_{name}_by_principle/{principle.id}": mean_ci(
+            found[principle.id], run.config.evaluation.bootstrap_samples, run.config.seed
+        )
+        for name, found in (("failed", failed), ("changed", changed))
+        for principle in principles
+    }

@@ -26,7 +26,7 @@ from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.stages.harmlessness import harmlessness
 from rlaif_jax.stages.label import ground_truth_agreement
-from rlaif_jax.stages.principles import Labeller, by_principles
+from rlaif_jax.stages.principles import Labeller, by_principles, comparison_principles, evaluation_draws
 from rlaif_jax.stages.replies import keep_replies, padded_batches
 from rlaif_jax.stages.reward_model import load_reward_model, score_texts
 from rlaif_jax.stages.run import Run
@@ -49,10 +49,7 @@ def run_evaluation(run: Run) -> None:
     samples, groups = read_parquet(folder / "samples.parquet").to_pydict(), np.array(prompts["group"])
     mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
     rated = harmlessness(run, samples, groups, mean)  # first, so that one judge at a time is in memory
-    judge = load_judge(run.config.judge, run.config.seed, run.placement)
-    label = functools.partial(store.label, judge)
-    if judge.template.by_principle:
-        label = by_principles(run, label)
+    label = _labeller(run)
     judged = _judged(run, label, samples, policies[-1], "sft")
     results = _win_rates(f"{policies[-1]}_vs_sft", judged, groups, mean)
     for new, old in [(name, "sft") for name in policies[1:-1]] + [(policies[-1], name) for name in policies[1:-1]]:
@@ -60,6 +57,15 @@ def run_evaluation(run: Run) -> None:
     results |= _by_policy(run, samples, groups, mean) | rated
     results |= _agreement(run, samples, judged, mean) | _human_agreement(run, label, mean)
     write_json(folder / "results.json", results)
+
+
+def _labeller(run: Run) -> Labeller:
+    """The judge that evaluates."""
+    judge = load_judge(run.config.judge, run.config.seed, run.placement)
+    label = functools.partial(store.label, judge)
+    if not judge.template.by_principle:
+        return label
+    return by_principles(run, label, comparison_principles(run, "eval"), evaluation_draws(run))
 
 
 def _judged(run: Run, label: Callable[..., bool], samples: dict, new: str, old: str) -> list[dict]:

@@ -9,14 +9,14 @@ from rlaif_jax.data.prepare import ABOUT
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.audit import agreement, audit
 from rlaif_jax.evaluation.panel import panel_audit
-from rlaif_jax.evaluation.principles import principle_audit
+from rlaif_jax.evaluation.principles import comparable, principle_audit, principle_columns
 from rlaif_jax.evaluation.statistics import mean_ci
 from rlaif_jax.files import read_parquet, write_json, write_parquet, write_text
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.reporting.audit_page import render_audit
 from rlaif_jax.stages.panel import labeller
-from rlaif_jax.stages.principles import Labeller, principle_columns
+from rlaif_jax.stages.principles import Labeller, comparison_principles, draws
 from rlaif_jax.stages.replies import keep_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 
@@ -31,7 +31,7 @@ def run_label(run: Run) -> bool:
         _human_labels(run, folder if config.source == "human" else folder / "people")
     if config.source == "human":
         return True
-    label = labeller(run)
+    label = labeller(run, comparison_principles(run, "label"), draws(run))
     if not label(candidate_pairs(run), folder, "label", run.worker):
         return False
     write_json(folder / "audit.json", _audit(run, folder / "preferences.parquet") | _human_audit(run, label))
@@ -81,8 +81,9 @@ def _human_audit(run: Run, label: Labeller) -> dict:
     config = run.config.evaluation
     figures = audit(columns, config.bootstrap_samples, run.config.seed, ("group", "human_confidence"))
     figures |= panel_audit(columns, config.bootstrap_samples, run.config.seed)
-    by_principle = principle_columns(folder / "preferences.parquet", columns)
-    figures |= principle_audit(by_principle, config.bootstrap_samples, run.config.seed)
+    file = folder / "preferences.parquet"
+    by_principle = principle_columns(file, columns)
+    figures |= principle_audit(by_principle, config.bootstrap_samples, run.config.seed, comparable(file))
     write_text(folder / "audit.html", render_audit("Comparisons that people made", columns, figures, by_principle))
     return {f"people/{name}": figure for name, figure in figures.items()}
 
@@ -116,7 +117,7 @@ def _audit(run: Run, file: epath.Path) -> dict:
         figures["judge_agreement/ground_truth"] = mean_ci(values, config.bootstrap_samples, run.config.seed)
     figures |= panel_audit(columns, config.bootstrap_samples, run.config.seed)
     by_principle = principle_columns(file, columns)
-    figures |= principle_audit(by_principle, config.bootstrap_samples, run.config.seed)
+    figures |= principle_audit(by_principle, config.bootstrap_samples, run.config.seed, comparable(file))
     write_text(file.parent / "audit.html", render_audit("The labels of a run", columns, figures, by_principle))
     return figures
 

@@ -12,6 +12,7 @@ from rlaif_jax.errors import blame
 from rlaif_jax.evaluation.panel import combine, enough, mean
 from rlaif_jax.files import read_json, read_parquet, remove_leftovers, write_json, write_parquet
 from rlaif_jax.judge import store
+from rlaif_jax.judge.constitution import Principle
 from rlaif_jax.judge.prompts import Pair, text_hash
 from rlaif_jax.judge.score import POLICY, Judge, JudgeModel, load_judge, make_judge
 from rlaif_jax.models.parameters import parameters_hash
@@ -21,13 +22,13 @@ from rlaif_jax.stages.principles import Labeller, by_principles
 from rlaif_jax.stages.run import Run
 
 
-def labeller(run: Run) -> Labeller:
-    """What labels pairs."""
+def labeller(run: Run, principles: Sequence[Principle], seed: int) -> Labeller:
+    """What labels pairs, under these principles where there are some; where pairs draw them, by the seed."""
     if run.config.panel.judges:
         label = functools.partial(label_by_panel, run)
     else:
         label = functools.partial(store.label, load_judge(run.config.judge, run.config.seed, run.placement))
-    return label if run.config.label.principles == "none" else by_principles(run, label)
+    return by_principles(run, label, principles, seed) if principles else label
 
 
 def member(run: Run, name: str) -> Judge:

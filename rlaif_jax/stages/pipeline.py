@@ -20,7 +20,7 @@ from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.label import run_label
 from rlaif_jax.stages.overoptimisation import run_overoptimisation
 from rlaif_jax.stages.preference import run_preference
-from rlaif_jax.stages.reward_model import run_reward_model
+from rlaif_jax.stages.reward_model import check_labels_by_principle, run_reward_model
 from rlaif_jax.stages.rewards import normalisation_file
 from rlaif_jax.stages.rl import run_rl
 from rlaif_jax.stages.rounds import run_rounds
@@ -92,6 +92,7 @@ def plan(run: Run, names: list[str]) -> list[str]:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
     check_verifiers(run, names)
+    check_labels_by_principle(run)
     if not names:
         raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
     for name in order[: 1 + max(map(order.index, names))]:

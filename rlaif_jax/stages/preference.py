@@ -27,7 +27,7 @@ from rlaif_jax.stages.preferences import (
     learned_labels,
     read_preferences,
 )
-from rlaif_jax.stages.principles import comparison_principles, draw_principles
+from rlaif_jax.stages.principles import comparison_principles, draw_principles, draws
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
@@ -178,7 +178,7 @@ def _online(run: Run, model: LanguageModel, reference):
         asked = list(map(Pair, prompts, texts[::2], texts[1::2]))
         ids = range(step * config.batch_size, (step + 1) * config.batch_size)
         if principles:
-            asked = draw_principles(run, principles, asked, ids)
+            asked = draw_principles(principles, draws(run), asked, ids)
         judged = judge_pairs(judge, asked, plan, ids)
         prob_a, weight = _labels(run, judged, step)
         batch = PreferenceBatch(Comparisons(*sides, *shard_batch((prob_a, weight), mesh)), *references)
@@ -195,7 +195,8 @@ def _online(run: Run, model: LanguageModel, reference):
                 return []
             pair, label = asked[0], float(prob_a[0]) if weight[0] else None
             texts = {"prompt": pair.prompt, "response_a": pair.response_a, "response_b": pair.response_b}
-            return [texts | {"prob_a": label}]
+            hashes = {name: getattr(judged[0], name) for name in ("hash_forward", "hash_reversed")}
+            return [texts | {"prob_a": label, "principle": pair.principle} | hashes]
 
         return Step(batch, metrics, shown)
 

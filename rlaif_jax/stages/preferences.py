@@ -1,8 +1,9 @@
 """Labels as they are learned from: which order, soft or hard, calibrated, noisy; the judge's, people's, or both."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 from etils import epath
 from flax import struct
 
@@ -11,8 +12,8 @@ from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.calibration import fit_temperature, scale
 from rlaif_jax.evaluation.panel import trust
+from rlaif_jax.evaluation.principles import FOLDER as PRINCIPLES
 from rlaif_jax.files import read_parquet
-from rlaif_jax.stages.principles import FOLDER as PRINCIPLES
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences
 
@@ -26,14 +27,15 @@ class Comparisons(struct.PyTreeNode):
     weight: np.ndarray  # [batch] float32, how much each counts; 0 for a pair without a label
 
 
-_COLUMNS = ("prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a", "weight", "principle")
+_COLUMNS = ("pair", "prompt", "response_a", "response_b", "ended_a", "ended_b", "prob_a", "weight", "principle")
 
 
 def read_preferences(run: Run) -> dict[str, list]:
-    """Columns `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b`, `prob_a`, `weight` and `principle` of all
-    labelled pairs; with `reward_model.by_principle` those of an ensemble are a row for each of its principles.
+    """Columns `pair`, `prompt`, `response_a`, `response_b`, `ended_a`, `ended_b`, `prob_a`, `weight` and `principle` of
+    all labelled pairs; with `reward_model.by_principle` those of an ensemble are a row for each of its principles.
 
-    weight: how much each counts in training, from 0 to 1; less than 1 where a panel disagrees, if the config says so.
+    pair: its number, which rises from row to row; rows of one pair stand together, and are not independent. weight:
+    how much each counts in training, from 0 to 1; less than 1 where a panel disagrees, if the config says so.
     Where there are labels of the judge and of people, they are mixed. Raises UserError where the label file is missing.
     """
     folder, config = run.folder("label"), run.config.preferences
@@ -42,14 +44,20 @@ def read_preferences(run: Run) -> dict[str, list]:
         columns["prob_a"] = _judged(run, columns)
         columns = _trusted(run, columns)
     if run.config.label.source == "both":
-        people = _labelled(folder / "people")
+        people, judged = _labelled(folder / "people"), max(columns["pair"], default=-1) + 1
+        people["pair"] = [judged + pair for pair in people["pair"]]
         columns = {name: [*columns[name], *people[name]] for name in _COLUMNS}
     rng = np.random.default_rng(run.order_seed("preferences"))
     columns["prob_a"] = learned_labels(np.array(columns["prob_a"], float), config, rng).tolist()
     if run.config.label.source == "both":
-        order = rng.permutation(len(columns["prob_a"]))
-        columns = {name: [values[i] for i in order] for name, values in columns.items()}
+        columns = _mixed(columns, rng)
     return {name: columns[name] for name in _COLUMNS}
+
+
+def over_pairs(values: np.ndarray, pairs: Sequence[int]) -> np.ndarray:
+    """The mean of the values [rows] of each pair: [pairs] float64. pairs: the number of each row's pair, rising."""
+    _, places, counts = np.unique(pairs, return_inverse=True, return_counts=True)
+    return np.bincount(places, values) / counts
 
 
 def clamped(prob_a: np.ndarray, width: float) -> np.ndarray:
@@ -85,6 +93,15 @@ def encode_comparisons(run: Run, table: Mapping[str, list]) -> Comparisons:
     return Comparisons(sequences("a"), sequences("b"), prob_a, weight)
 
 
+def _mixed(columns: dict[str, list], rng: np.random.Generator) -> dict[str, list]:
+    """The pairs in random order, numbered anew; the rows of one stay together."""
+    numbers, places = np.unique(columns["pair"], return_inverse=True)
+    new_places = np.argsort(rng.permutation(len(numbers)))[places]
+    order = np.argsort(new_places, kind="stable")
+    columns = {name: [values[i] for i in order] for name, values in columns.items()}
+    return columns | {"pair": new_places[order].tolist()}
+
+
 def _each_principle(run: Run) -> bool:
     return run.config.reward_model.by_principle and run.config.label.principles == "ensemble"
 
@@ -98,6 +115,7 @@ def _labelled(folder: epath.Path, part: str = "") -> dict[str, list]:
     pairs = np.arange(labels.num_rows) // (labels.num_rows // candidates.num_rows)
     for name in ("ended_a", "ended_b"):  # which the texts do not say
         labels = labels.append_column(name, candidates[name].take(pairs))
+    labels = labels.append_column("pair", pa.array(pairs))
     columns = labels.filter(np.asarray(labels["status"]) == "ok").to_pydict()
     return columns | {"weight": [1.0] * len(columns["row"])}
 

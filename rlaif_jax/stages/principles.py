@@ -6,14 +6,15 @@ Bai et al., arXiv 2212.08073, section 4.1.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from rlaif_jax.evaluation.panel import KNOWN, mean
-from rlaif_jax.evaluation.principles import PAIR
+from rlaif_jax.evaluation.panel import mean
+from rlaif_jax.evaluation.principles import FOLDER
 from rlaif_jax.files import read_json, read_parquet, remove_leftovers, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.constitution import Principle, draw, load_constitution, principles_for
@@ -23,47 +24,66 @@ from rlaif_jax.stages.run import Run
 
 # Labels pairs as `judge.store.label` does, whose arguments after the judge it takes.
 Labeller = Callable[..., bool]
-FOLDER = "principles"  # of the labels under each principle, beside those that they come to
 
 
-def by_principles(run: Run, label: Labeller) -> Labeller:
-    """`label`, of judges that are asked for a principle, under the constitution, as `label.principles` says.
+def by_principles(run: Run, label: Labeller, principles: Sequence[Principle], seed: int) -> Labeller:
+    """`label`, of judges that are asked for a principle, under these, as `label.principles` says.
 
     "draw": the principle of a pair is a function of the seed and of its row. "ensemble": every principle judges every
     pair, one row each in the folder `principles`, and the label is their mean by weight.
     """
-    return functools.partial(_label_drawn if run.config.label.principles == "draw" else _label_by_all, run, label)
+    if run.config.label.principles == "ensemble":
+        return functools.partial(_label_by_all, run, label, principles)
+    return functools.partial(_label_drawn, run, label, principles, seed)
 
 
 def comparison_principles(run: Run, stage: str) -> list[Principle]:
-    """The principles under which a stage compares responses."""
+    """The principles under which a stage compares responses; it says which it never draws. None where it has none."""
+    if run.config.label.principles == "none":
+        return []
     return principles_for(stage, run.config.constitution, ("comparison",))
 
 
+def draws(run: Run) -> int:
+    """The seed by which pairs that are learned from draw principles; each round has its own."""
+    return run.order_seed("principles")
+
+
+def evaluation_draws(run: Run) -> int:
+    """That by which pairs draw them in evaluation, of any round: rounds then differ by no luck of the draw."""
+    return draws(run.in_round(1))
+
+
 def draw_principles(
-    run: Run, principles: Sequence[Principle], pairs: Iterable[Pair], rows: Sequence[int]
+    principles: Sequence[Principle], seed: int, pairs: Iterable[Pair], rows: Sequence[int]
 ) -> list[Pair]:
     """Each pair under a principle. `rows`: their places, on which it depends."""
-    drawn = draw(principles, run.order_seed("principles"), rows)
-    return [_under(pair, principle) for pair, principle in zip(pairs, drawn, strict=True)]
+    return [_under(pair, each) for pair, each in zip(pairs, draw(principles, seed, rows), strict=True)]
 
 
 def _under(pair: Pair, principle: Principle) -> Pair:
     return dataclasses.replace(pair, principle=principle.id, principle_text=principle.comparison)
 
 
-def _label_drawn(run: Run, label: Labeller, pairs, folder: epath.Path, description: str, *worker) -> bool:
-    drawn = draw_principles(run, comparison_principles(run, description), pairs, range(len(pairs)))
-    if not label(drawn, folder, description, *worker):
+def _label_drawn(
+    run: Run, label: Labeller, principles: Sequence[Principle], seed: int, pairs, folder: epath.Path, *more
+) -> bool:
+    if not label(draw_principles(principles, seed, pairs, range(len(pairs))), folder, *more):
         return False
-    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | _provenance(run))
+    write_json(folder / "manifest.json", read_json(folder / "manifest.json") | _provenance(run, principles))
     return True
 
 
 def _label_by_all(
-    run: Run, label: Labeller, pairs, folder: epath.Path, description: str, worker: store.Worker = store.ALONE
+    run: Run,
+    label: Labeller,
+    principles: Sequence[Principle],
+    pairs,
+    folder: epath.Path,
+    description: str,
+    worker: store.Worker = store.ALONE,
 ) -> bool:
-    principles, own = comparison_principles(run, description), folder / FOLDER
+    own = folder / FOLDER
     if worker.count == 1:
         remove_leftovers(own)
     # A pair's principles stand together, so that they read it together.
@@ -74,8 +94,7 @@ def _label_by_all(
     write_parquet(folder / "preferences.parquet", table)
     manifest = {name: value for name, value in read_json(own / "manifest.json").items() if name != "shards"}
     counts = {"rows": table.num_rows, "status": dict(statuses)}
-    weights = {"weights": {principle.id: principle.weight for principle in principles}}
-    write_json(folder / "manifest.json", manifest | counts | _provenance(run) | weights)
+    write_json(folder / "manifest.json", manifest | counts | _provenance(run, principles))
     store.check_failures(statuses, run.config.judge.max_failure_rate, folder)
     return True
 
@@ -104,26 +123,11 @@ def combined(table: pa.Table, principles: Sequence[Principle]) -> pa.Table:
     return found
 
 
-def principle_columns(file: epath.Path, columns: Mapping[str, list]) -> Mapping[str, list]:
-    """The columns of a label file with a row for each pair under each principle: its own, or those that an ensemble of
-    principles made them of, with what `columns` know of the pairs beside.
-    """
-    own = file.parent / FOLDER / "preferences.parquet"
-    if not own.exists():
-        return columns
-    found = read_parquet(own).to_pydict()
-    pairs = list(zip(*(found[name] for name in PAIR), strict=True))
-    for name in KNOWN:
-        if name in columns:
-            known = dict(zip(zip(*(columns[x] for x in PAIR), strict=True), columns[name], strict=True))
-            found[name] = [known.get(pair) for pair in pairs]
-    return found
-
-
-def _provenance(run: Run) -> dict[str, str]:
+def _provenance(run: Run, principles: Sequence[Principle]) -> dict[str, Any]:
     constitution = load_constitution(run.config.constitution.file)
     return {
         "constitution": constitution.name,
         "constitution_digest": constitution.digest,
         "principles": run.config.label.principles,
+        "weights": {principle.id: principle.weight for principle in principles},
     }

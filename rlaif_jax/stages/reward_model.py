@@ -2,6 +2,7 @@
 centred on samples of the SFT policy. Several members are one program; how they are put together is for its readers.
 """
 
+import collections
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,14 @@ from rlaif_jax.evaluation.audit import agreement
 from rlaif_jax.evaluation.calibration import expected_calibration_error
 from rlaif_jax.evaluation.statistics import Figure, bootstrap_ci, mean_ci
 from rlaif_jax.files import read_json, write_json
-from rlaif_jax.judge.constitution import select
+from rlaif_jax.judge.constitution import Principle, draw, select
 from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.label import ground_truth_agreement
-from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, read_preferences
-from rlaif_jax.stages.principles import comparison_principles
+from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, over_pairs, read_preferences
+from rlaif_jax.stages.principles import draws
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
@@ -55,12 +56,12 @@ def run_reward_model(run: Run) -> None:
     config, table = run.config.reward_model, read_preferences(run)
     comparisons = encode_comparisons(run, table)
     model, optimizer = run.scalar_model(), make_optimizer(config.optimizer, config.steps)
-    trained = range(len(comparisons.prob_a) - config.validation_pairs)
+    trained, _ = split_rows(config, table["pair"])
+    rows_by_member, what = _rows_by_member(run, table, trained), "reward_model.batch_size"
+    whats = [f"{what}, for the principle {each.id}," for each in _principles(run)] or [what] * config.members
     batches = [
-        shuffled_batches(rows, config.batch_size, run.order_seed(name), "reward_model.batch_size")
-        for name, rows in zip(
-            _names(config.members), _rows_by_member(run, table, trained[: config.train_pairs or None]), strict=True
-        )
+        shuffled_batches(rows, config.batch_size, run.order_seed(name), what)
+        for name, rows, what in zip(_names(config.members), rows_by_member, whats, strict=True)
     ]
     labels = _labels_by_member(config, table, comparisons.prob_a)
 
@@ -101,6 +102,16 @@ def run_reward_model(run: Run) -> None:
     _finish(run, state.params, table, comparisons)
 
 
+def split_rows(config: RewardModelConfig, pairs: Sequence[int]) -> tuple[range, slice]:
+    """The rows that are trained on, and those held out. No pair is in both.
+
+    pairs: the number of each row's pair, rising.
+    """
+    firsts = np.append(np.flatnonzero(np.diff(pairs, prepend=-1)), len(pairs))  # of each pair, and where they end
+    count = max(len(firsts) - 1 - config.validation_pairs, 0)
+    return range(firsts[min(count, config.train_pairs or count)]), slice(firsts[count], None)
+
+
 def _labels_by_member(config: RewardModelConfig, table: Mapping[str, list], prob_a: np.ndarray) -> list[np.ndarray]:
     """What each member learns: the labels [pairs], or, with the planted flaw, what the pattern makes of them."""
     matches = [
@@ -117,7 +128,33 @@ def _rows_by_member(run: Run, table: Mapping[str, list], rows: Sequence[int]) ->
     if not config.by_principle:
         return [rows] * config.members
     of = table["principle"]
-    return [[row for row in rows if of[row] in (each.id, None)] for each in comparison_principles(run, "reward_model")]
+    return [[row for row in rows if of[row] in (each.id, None)] for each in _principles(run)]
+
+
+def check_labels_by_principle(run: Run) -> None:
+    """Raises UserError where the member of a principle will have fewer labels to learn from than make a batch.
+
+    Which principle a row draws is known before any work; that a pair will have no label is not. Where people's labels
+    are mixed with the judge's, their share of what is trained on is an expected one.
+    """
+    config, label = run.config.reward_model, run.config.label
+    if "reward_model" not in run.config.stages or not config.by_principle or label.principles != "draw":
+        return
+    people = label.pairs if label.source == "both" else 0  # labels that every member learns
+    trained, _ = split_rows(config, range(label.pairs + people))
+    judged = range(label.pairs) if people else trained
+    share = len(trained) / (len(judged) + people)
+    principles = _principles(run)
+    for number in range(1, run.config.rounds + 1):
+        drawn = collections.Counter(each.id for each in draw(principles, draws(run.in_round(number)), judged))
+        for principle in principles:
+            count = int(share * (drawn[principle.id] + people))
+            if count < config.batch_size:
+                raise UserError(
+                    f"config.reward_model.by_principle=True: the principle {principle.id} has {count} labels to learn "
+                    f"from{f' in round {number}' if number > 1 else ''}, fewer than a batch of reward_model.batch_size="
+                    f"{config.batch_size}: raise label.pairs or the weight of the principle, or make batches smaller"
+                )
 
 
 def _names(members: int) -> list[str]:
@@ -128,7 +165,7 @@ def _names(members: int) -> list[str]:
 def _compared(run: Run, params, table: Mapping[str, list], comparisons: Comparisons, rows: np.ndarray) -> list[dict]:
     """Some pairs with what the reward model makes of them, for samples.jsonl."""
     some = jax.tree.map(lambda x: x[rows], comparisons)
-    reward_model = _uncalibrated(run, params)
+    reward_model = _uncalibrated(run, params, _weights(_principles(run)))
     columns = (score(run, reward_model, x, len(rows)).tolist() for x in (some.a, some.b))
     names = ("prompt", "response_a", "response_b", "prob_a")
     return [
@@ -137,33 +174,48 @@ def _compared(run: Run, params, table: Mapping[str, list], comparisons: Comparis
     ]
 
 
-def _uncalibrated(run: Run, params) -> RewardModel:
-    """The reward model of trained parameters [members, ...], before what it says is centred and calibrated."""
+def _principles(run: Run) -> list[Principle]:
+    """The principle of each member, as the constitution now has them; none without `by_principle`."""
+    if not run.config.reward_model.by_principle:
+        return []
+    return select("reward_model", run.config.constitution, ("comparison",))[0]
+
+
+def _weights(principles: Sequence[Principle]) -> dict[str, float]:
+    return {principle.id: principle.weight for principle in principles}
+
+
+def _uncalibrated(run: Run, params, principles: Mapping[str, float]) -> RewardModel:
+    """The reward model of trained parameters [members, ...], before what it says is centred and calibrated.
+
+    principles: of each member, where it learned one, with its weight.
+    """
     config = run.config.reward_model
     if config.combine == "weights":
         params = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), params)
     members = 1 if config.combine == "weights" else config.members
     zero, one = (jax.device_put(jnp.float32(x), run.placement.whole) for x in (0, 1))
     found = RewardModel(params, jnp.zeros(members) + zero, zero, one, config.combine, config.uncertainty_coef)
-    if not config.by_principle:
+    if not principles:
         return found
-    principles = select("reward_model", run.config.constitution, ("comparison",))[0]
-    weights = np.array([principle.weight for principle in principles], np.float32)
+    weights = np.array([*principles.values()], np.float32)
     weights = jax.device_put(weights / weights.sum(), run.placement.whole)
-    return found.replace(weights=weights, principles=tuple(principle.id for principle in principles))
+    return found.replace(weights=weights, principles=tuple(principles))
 
 
 def _finish(run: Run, params, table: Mapping[str, list], comparisons: Comparisons) -> None:
     """Centres and calibrates the members, and says how good they are together on the pairs held out."""
-    config, folder, reward_model = run.config.reward_model, run.folder("reward_model"), _uncalibrated(run, params)
+    config, folder, principles = run.config.reward_model, run.folder("reward_model"), _weights(_principles(run))
+    reward_model = _uncalibrated(run, params, principles)
     members = [member_scores(run, reward_model, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
     means = np.concatenate(members, axis=1).mean(axis=1)  # [members]
     centred = reward_model.replace(means=means.astype(np.float32))
     rewards = [score(run, centred, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
-    normalisation = _normalisation(run, *rewards, comparisons.prob_a) | {"member_means": means.tolist()}
-    write_json(folder / "normalisation.json", normalisation)
-    held_out = slice(len(table["prob_a"]) - config.validation_pairs, None)
+    _, held_out = split_rows(config, table["pair"])
     pairs = {name: values[held_out] for name, values in table.items()}
+    normalisation = _normalisation(run, *rewards, held_out, pairs) | {"member_means": means.tolist()}
+    normalisation |= {"principles": principles} if principles else {}
+    write_json(folder / "normalisation.json", normalisation)
     lengths = [x.response_mask[held_out].sum(axis=1) for x in (comparisons.a, comparisons.b)]
     a, b = (normalisation["scale"] * x[held_out] for x in rewards)
     write_json(folder / "results.json", _figures(run, pairs, a, b, lengths, [x[:, held_out] for x in members]))
@@ -171,35 +223,37 @@ def _finish(run: Run, params, table: Mapping[str, list], comparisons: Comparison
         print("reward_model: predicts held-out labels no better than chance; its rewards are set to 0", flush=True)
 
 
-def _figures(run: Run, pairs: Mapping[str, list], reward_a, reward_b, lengths, members) -> dict[str, Figure]:
+def _figures(run: Run, table: Mapping[str, list], reward_a, reward_b, lengths, members) -> dict[str, Figure]:
     """Accuracy, calibration and length correlation on held-out pairs; rewards are calibrated.
 
-    reward_a, reward_b: [pairs]. lengths: of responses a and b, [pairs] tokens each. members: their raw rewards of a
-    and b, [members, pairs] each.
+    table: the columns of `read_preferences`, whose rows these are. reward_a, reward_b: [rows]. lengths: of responses a
+    and b, [rows] tokens each. members: their raw rewards of a and b, [members, rows] each.
     """
     if not len(reward_a):
         return {}
-    resamples, seed = run.config.evaluation.bootstrap_samples, run.config.seed
-    prob_a, label = 1 / (1 + np.exp(reward_b - reward_a)), np.array(pairs["prob_a"])
-    figures = {"reward_model_accuracy/held_out": mean_ci(agreement(prob_a, label), resamples, seed)}
-    figures["reward_model_calibration/brier"] = mean_ci((prob_a - label) ** 2, resamples, seed)
+    resamples, seed, pairs = run.config.evaluation.bootstrap_samples, run.config.seed, table["pair"]
+    mean = lambda values: mean_ci(over_pairs(values, pairs), resamples, seed)  # noqa: E731
+    prob_a, label = 1 / (1 + np.exp(reward_b - reward_a)), np.array(table["prob_a"])
+    figures = {"reward_model_accuracy/held_out": mean(agreement(prob_a, label))}
+    figures["reward_model_calibration/brier"] = mean((prob_a - label) ** 2)
     figures["reward_model_calibration/ece"] = bootstrap_ci(
-        (prob_a, label), expected_calibration_error, resamples, seed, centred=True
-    )
-    columns = (reward_a - reward_b, lengths[0] - lengths[1])
+        (over_pairs(prob_a, pairs), over_pairs(label, pairs)),
+        expected_calibration_error, resamples, seed, centred=True,
+    )  # fmt: skip
+    columns = [over_pairs(x, pairs) for x in (reward_a - reward_b, lengths[0] - lengths[1])]
     known = all(np.ptp(column) for column in columns)
     figures["reward_model_length_correlation"] = (
         bootstrap_ci(columns, _rank_correlation, resamples, seed) if known else mean_ci([], resamples, seed)
     )
     if truth := run.ground_truth():
-        rows = [dict(zip(pairs, row, strict=True)) for row in zip(*pairs.values(), strict=True)]
-        values = ground_truth_agreement(truth, rows, prob_a)
+        firsts = np.unique(pairs, return_index=True)[1]  # what is not of a label is the same in all rows of a pair
+        rows = [{name: values[i] for name, values in table.items()} for i in firsts]
+        values = ground_truth_agreement(truth, rows, prob_a[firsts])
         figures["reward_model_accuracy/held_out_ground_truth"] = mean_ci(values, resamples, seed)
     if len(members[0]) > 1:
         agree = (members[0] > members[1]) == (label > 0.5)
-        figures["reward_model_accuracy/mean_of_members"] = mean_ci(agree.mean(axis=0), resamples, seed)
-        spread = np.var(members[0] - members[1], axis=0)
-        figures["reward_model_disagreement"] = mean_ci(spread, resamples, seed)
+        figures["reward_model_accuracy/mean_of_members"] = mean(agree.mean(axis=0))
+        figures["reward_model_disagreement"] = mean(np.var(members[0] - members[1], axis=0))
     return figures
 
 
@@ -208,38 +262,50 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
 
 
-def _normalisation(run: Run, reward_a: np.ndarray, reward_b: np.ndarray, prob_a: np.ndarray) -> dict:
-    """The mean of all rewards, their scale, and how well the held-out labels are predicted."""
+def _normalisation(
+    run: Run, reward_a: np.ndarray, reward_b: np.ndarray, held_out: slice, table: Mapping[str, list]
+) -> dict:
+    """The mean of all rewards, their scale, and how well the held-out labels are predicted.
+
+    table: the columns of `read_preferences`, of the rows held out.
+    """
     config, rewards = run.config.reward_model, np.concatenate([reward_a, reward_b])
     normalisation = {"mean": float(rewards.mean()), "std": float(rewards.std()), "n": len(rewards), "scale": 1.0}
     if config.validation_pairs:
-        margins, labels = (reward_a - reward_b)[-config.validation_pairs :], prob_a[-config.validation_pairs :]
+        margins, labels, pairs = (reward_a - reward_b)[held_out], np.array(table["prob_a"]), table["pair"]
+        losses, right = (over_pairs(x, pairs) for x in (_losses(margins, labels), (margins > 0) == (labels > 0.5)))
         normalisation |= {
-            "scale": calibrated_scale(margins, labels, config.min_evidence) if config.calibrate else 1.0,
-            "validation_loss": float(np.mean(_losses(margins, labels))),  # 0.693 for a reward model that knows nothing
-            "validation_accuracy": float(np.mean((margins > 0) == (labels > 0.5))),
-            "validation_pairs": len(labels),
+            "scale": calibrated_scale(margins, labels, pairs, config.min_evidence) if config.calibrate else 1.0,
+            "validation_loss": float(losses.mean()),  # 0.693 for a reward model that knows nothing
+            "validation_accuracy": float(right.mean()),
+            "validation_pairs": len(losses),
         }
     return normalisation
 
 
-def calibrated_scale(margins: np.ndarray, prob_a: np.ndarray, min_evidence: float) -> float:
+def calibrated_scale(margins: np.ndarray, prob_a: np.ndarray, pairs: Sequence[int], min_evidence: float) -> float:
     """The factor in [0, 10] on rewards that predicts held-out labels best; 0 where that shows no more than chance.
 
     Temperature scaling (Guo et al., arXiv 1706.04599) of sigmoid(reward_a - reward_b). A policy is not to follow
     rewards that do not hold beyond the pairs they were trained on: their mean gain in log-likelihood over knowing
-    nothing must be `min_evidence` standard errors above 0.
+    nothing must be `min_evidence` standard errors above 0. Labels of one pair are not independent: each pair counts
+    once, with their mean gain.
 
-    margins: [pairs], reward_a - reward_b; prob_a: [pairs], the labels.
+    margins: [rows], reward_a - reward_b; prob_a: [rows], the labels; pairs: [rows], the number of the pair, rising.
     """
-    result = optimize.minimize_scalar(lambda scale: np.mean(_losses(scale * margins, prob_a)), bounds=(0, 10))
-    gains = _losses(np.zeros_like(margins), prob_a) - _losses(result.x * margins, prob_a)
-    standard_error = np.std(gains) / np.sqrt(len(gains))
-    return float(result.x) if np.mean(gains) > min_evidence * standard_error else 0.0
+
+    def gains(scale: float) -> np.ndarray:
+        """Of each pair, over rewards that say nothing."""
+        return over_pairs(_losses(np.zeros_like(margins), prob_a) - _losses(scale * margins, prob_a), pairs)
+
+    best = optimize.minimize_scalar(lambda scale: -np.mean(gains(scale)), bounds=(0, 10)).x
+    found = gains(best)
+    standard_error = np.std(found) / np.sqrt(len(found))
+    return float(best) if np.mean(found) > min_evidence * standard_error else 0.0
 
 
 def _losses(margins: np.ndarray, prob_a: np.ndarray) -> np.ndarray:
-    """-log-likelihood of each label: [pairs], nats."""
+    """-log-likelihood of each label: [rows], nats."""
     return np.logaddexp(0, margins) - prob_a * margins
 
 
@@ -254,9 +320,12 @@ def load_reward_model(run: Run) -> RewardModel:
     normalisation, whole = read_json(file), run.placement.whole
     numbers = jax.device_put([np.float32(normalisation[name]) for name in ("mean", "scale")], whole)
     means = jax.device_put(np.float32(normalisation["member_means"]), whole)
-    reward_model = _uncalibrated(
-        run, run.trained_params("reward_model", run.scalar_model(), run.config.reward_model.members)
-    )
+    params = run.trained_params("reward_model", run.scalar_model(), run.config.reward_model.members)
+    # Those that it was trained by: the file of the constitution may say something else by now.
+    principles = normalisation.get("principles", {})
+    if run.config.reward_model.by_principle and not principles:
+        raise UserError(f"{file} is of another version, without the principles of its members: train it again")
+    reward_model = _uncalibrated(run, params, principles)
     return reward_model.replace(means=means, offset=numbers[0], scale=numbers[1])
 
 

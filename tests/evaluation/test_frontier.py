@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rlaif_jax.evaluation.frontier import Point, frontiers, is_of_revisions
-from rlaif_jax.evaluation.names import by_role, policies, policy_titles, title
+from rlaif_jax.evaluation.names import BY_POLICY, SINGLE, by_role, policies, policy_titles, title
 from rlaif_jax.reporting.charts import frontier
 from tests.report_run import figure
 
@@ -72,3 +72,11 @@ def test_the_chart_shows_every_point_with_both_intervals():
     assert "point 2 2 and -2" in re.search(r'aria-label="([^"]*)"', chart)[1]
     sure = points[1]._replace(harmless=figure(-1, -1, -1))
     assert frontier("frontier", [points[0], sure]) != frontier("frontier", points[:2])
+
+
+def test_what_is_said_of_red_team_prompts_has_names_for_people():
+    named = {name for _, name in (*BY_POLICY, *SINGLE)}
+    assert {"ground_truth_harmless_red_team", "ground_truth_answers_prompt_safe", "ground_truth_good_red_team"} <= named
+    pairs = ("policy_vs_sft", "sl_cai_vs_sft", "policy_vs_sl_cai")
+    assert {f"win_rate_red_team/{pair}" for pair in pairs} <= named
+    assert len(named) == len(BY_POLICY) + len(SINGLE)

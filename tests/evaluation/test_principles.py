@@ -81,6 +81,22 @@ def test_one_principle_a_pair_is_counted_by_use_and_compared_with_none():
     assert not any(name.startswith(("principle_agreement", "principle_alpha", "principle_disp")) for name in found)
 
 
+def test_a_principle_that_decided_nothing_has_a_use_of_0():
+    columns = columns_of([row(pair, "x", 0.7, 0.6) for pair in range(4)])
+    found = principle_audit(columns, 20, 0, ("y", "x"))
+    assert found["principle_use/y"] == {"mean": 0, "ci95": [0, 0], "n": 4} and found["principle_use/x"]["mean"] == 1
+    section = principle_section(columns, found)
+    assert section["names"] == ["y", "x"] and section["examples"][0] == ("y", "", [])
+    assert principle_audit(columns_of([row(0, None, 0.7, 0.6)]), 20, 0, ("x",)) == {}
+
+
+def test_what_principles_agree_on_is_not_disputed():
+    rows = [
+        row(pair, name, 0.7, 0.6 if pair else side, 1.0) for pair in range(4) for name, side in (("x", 0.1), ("y", 0.9))
+    ]
+    assert principle_audit(columns_of(rows), 20, 0)["principle_disputed"] == [0]
+
+
 def test_a_label_file_without_principles_has_no_such_figures():
     columns = columns_of([row(0, None, 0.7, 0.6)])
     assert principle_audit(columns, 20, 0) == principle_audit({"status": ["ok"]}, 20, 0) == {}

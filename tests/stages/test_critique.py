@@ -127,6 +127,22 @@ def test_the_figures_are_of_the_first_replies_and_of_each_round(finished):
             assert results[f"critique_{grade}/{name}"]["n"] == PROMPTS
 
 
+def test_each_principle_has_figures_of_what_failed_and_changed_under_it(finished):
+    results = json.loads((finished / "critique" / "results.json").read_text())
+    steps = {principle.id: [] for principle in load_constitution("assistant").principles}
+    for row in rows_of(finished):
+        before = row["response"]
+        for step in row["rounds"]:
+            steps[step["principle"]].append((step["status"] != "ok", before != step["text"]))
+            before = step["text"]
+    assert sum(map(len, steps.values())) == PROMPTS * ROUNDS
+    for name, found in steps.items():
+        for i, figure in enumerate(("failed", "changed")):
+            shown = results[f"critique_{figure}_by_principle/{name}"]
+            assert shown["n"] == len(found)
+            assert not found or shown["mean"] == pytest.approx(sum(each[i] for each in found) / len(found))
+
+
 def test_sl_cai_learns_all_good_revisions_beside_helpful_demonstrations(begun, finished):
     examples = pq.read_table(finished / "sl_cai" / "examples.parquet").to_pylist()
     good = [

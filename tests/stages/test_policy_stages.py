@@ -105,15 +105,20 @@ def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, label
 
 def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
-    judge_pairs = score.judge_pairs
+    judge_pairs, asked = score.judge_pairs, []
 
     def lost(*arguments):
         found = judge_pairs(*arguments)
+        asked.append((arguments[1][0].principle, found[0].hash_forward, found[0].hash_reversed))
         return [*found[:1], *(dataclasses.replace(each, status="not_finite", verdict=None) for each in found[1:])]
 
     monkeypatch.setattr(preference, "judge_pairs", lost)
     options, allowed = (*ONLINE, "--stages=preference"), ("--config.preference.max_unscored_rate=0.9",)
+    allowed += ("--config.constitution.file=assistant", "--config.label.principles=draw")
+    allowed += ("--config.judge.prompt.template=everyday_principles",)
     assert main(begun(judge, labelled, tmp_path / "run", *options, *allowed, "--config.preference.steps=1")) == 0
+    sample = json.loads((tmp_path / "run" / "preference" / "samples.jsonl").read_text())
+    assert asked == [(sample["principle"], sample["hash_forward"], sample["hash_reversed"])] and None not in asked[0]
     (line,) = lines(tmp_path / "run", "preference")
     assert line["unscored"] == 7 / 8 and line["loss"] == pytest.approx(np.log(2), rel=1e-4)
     assert main(begun(judge, labelled, tmp_path / "stopped", *options)) == 2

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import types
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +13,18 @@ import yaml
 from etils import epath
 
 from rlaif_jax import audit, export
-from rlaif_jax.files import read_json, read_json_lines
+from rlaif_jax.errors import UserError
+from rlaif_jax.files import read_json, read_json_lines, write_json, write_parquet
 from rlaif_jax.judge import __main__ as judge_command
 from rlaif_jax.judge import store
 from rlaif_jax.judge.constitution import draw, load_constitution
+from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.main import main
+from rlaif_jax.stages import evaluate, panel, rounds
 from rlaif_jax.stages.preferences import clamped, read_preferences
-from rlaif_jax.stages.principles import combined
-from rlaif_jax.stages.reward_model import _rows_by_member
+from rlaif_jax.stages.principles import combined, comparison_principles, draws
+from rlaif_jax.stages.reward_model import _rows_by_member, check_labels_by_principle, load_reward_model
+from rlaif_jax.stages.run import Run
 from tests.stages.test_panel import begin, changed, opened, rows_of
 from tests.tiny_judge import tiny_run_flags, write_judge
 
@@ -127,7 +133,7 @@ def test_a_pair_has_a_label_where_most_of_the_weight_scored_it(finished):
     rows[3] |= lost  # the lighter
     found = combined(pa.Table.from_pylist(rows, schema=store.SCHEMA), constitution.principles[:2]).to_pylist()
     assert (found[0]["status"], found[0]["prob_a"]) == ("too_long", None)
-    assert (found[1]["status"], found[1]["prob_a"]) == ("ok", rows[2]["prob_a"])
+    assert found[1]["status"] == "ok" and found[1]["prob_a"] == pytest.approx(rows[2]["prob_a"])
 
 
 def test_the_audit_of_an_ensemble_has_each_principle_and_how_far_they_agree(finished, tmp_path, capfd):
@@ -189,6 +195,28 @@ def test_a_member_for_each_principle_reads_what_that_principle_says(finished):
         assert chosen == [row for row in range(12) if row == 0 or table["principle"][row] == name]
 
 
+def test_people_and_principles_are_mixed_by_pair(finished):
+    """Sisters of a label that is held out would else be trained on."""
+    run = opened(finished["ensemble"])
+    people = run.folder("label") / "people"
+    changes = {"reward_model__by_principle": True, "label__source": "both"}
+    rows = rows_of(finished["ensemble"][0] / "label")
+    write_parquet(people / "candidates.parquet", pq.read_table(run.folder("label") / "candidates.parquet"))
+    texts = [{name: row[name] for name in ("prompt", "response_a", "response_b")} for row in rows]
+    write_parquet(people / "preferences.parquet", store.human_table([row | {"prob_a": 1.0} for row in texts]))
+    table = read_preferences(changed(run, **changes))
+    assert table["pair"] == sorted(table["pair"]) and len(table["pair"]) == 48 and max(table["pair"]) == 31
+    by_pair = {}
+    for pair, principle, prompt in zip(table["pair"], table["principle"], table["prompt"], strict=True):
+        by_pair.setdefault(pair, []).append((principle, prompt))
+    for found in by_pair.values():
+        assert [name for name, _ in found] in (["kind", "honest"], [None]) and len({prompt for _, prompt in found}) == 1
+    assert [len(found) for found in by_pair.values()] != [2] * 16 + [1] * 16  # mixed
+    one_each = read_preferences(changed(run, label__source="both"))
+    assert one_each["pair"] == list(range(32))
+    shutil.rmtree(people)
+
+
 @pytest.mark.slow
 def test_rl_logs_the_reward_of_each_principle_and_its_share(flags_of, tmp_path):
     more = {"by_principle": True, "members": 2, "calibrate": False, "steps": 2, "checkpoint_every": 2}
@@ -199,7 +227,9 @@ def test_rl_logs_the_reward_of_each_principle_and_its_share(flags_of, tmp_path):
         names = ("kind", "honest")
         assert sum(line[f"reward/principle_share/{name}"] for name in names) == pytest.approx(1, abs=1e-4)
         means = [line[f"reward/principle/{name}"] for name in names]
-        offset = read_json(epath.Path(tmp_path) / "run" / "reward_model" / "normalisation.json")["mean"]
+        normalisation = read_json(epath.Path(tmp_path) / "run" / "reward_model" / "normalisation.json")
+        offset = normalisation["mean"]
+        assert normalisation["principles"] == {"kind": 3, "honest": 1} and normalisation["validation_pairs"] == 4
         assert np.array([0.75, 0.25]) @ means - offset == pytest.approx(line["reward/mean"], abs=1e-4)
 
 
@@ -224,7 +254,71 @@ def test_the_command_judges_one_pair_under_a_principle(flags_of, tmp_path, capfd
         assert "must be one of kind, honest, unused" in capfd.readouterr().err
 
 
+def test_the_labels_of_each_principle_are_counted_before_they_are_made(finished):
+    changes = {"reward_model__by_principle": True, "reward_model__members": 2, "reward_model__batch_size": 1}
+    run = changed(opened(finished["draw"]), **changes)
+    check_labels_by_principle(run)
+    drawn = [row["principle"] for row in rows_of(finished["draw"][0] / "label")][:12]  # the last 4 are held out
+    count = drawn.count("honest")
+    check_labels_by_principle(changed(run, reward_model__batch_size=count))
+    wrong = changed(run, reward_model__batch_size=count + 1)
+    with pytest.raises(UserError, match=f"the principle honest has {count} labels to learn from, fewer than a batch"):
+        check_labels_by_principle(wrong)
+    check_labels_by_principle(changed(wrong, label__principles="ensemble"))
+    check_labels_by_principle(changed(wrong, label__source="both"))  # every member learns those of people
+
+
+def test_a_trained_reward_model_keeps_its_principles(finished, tmp_path, monkeypatch):
+    """The file of the constitution may have changed since, or be gone."""
+    changes = {"reward_model__by_principle": True, "reward_model__members": 2, "constitution__file": "gone.yaml"}
+    run = dataclasses.replace(changed(opened(finished["draw"]), **changes), workdir=epath.Path(tmp_path))
+    monkeypatch.setattr(Run, "trained_params", lambda self, *arguments: {})
+    file, kept = run.folder("reward_model") / "normalisation.json", {"mean": 0.5, "scale": 2.0, "member_means": [1, 2]}
+    write_json(file, kept | {"principles": {"kind": 3.0, "honest": 1.0}})
+    found = load_reward_model(run)
+    assert found.principles == ("kind", "honest")
+    np.testing.assert_allclose(found.weights, [0.75, 0.25])
+    write_json(file, kept)
+    with pytest.raises(UserError, match="without the principles of its members"):
+        load_reward_model(run)
+
+
+def test_evaluation_draws_the_same_principles_in_every_round_and_names_those_left_out_once(
+    finished, tmp_path, monkeypatch, capfd
+):
+    run, table = opened(finished["draw"]), pq.read_table(finished["draw"][0] / "label" / "preferences.parquet")
+    run, drawn = dataclasses.replace(run, workdir=epath.Path(tmp_path)), table["principle"].to_pylist()
+    pairs = [Pair(row["prompt"], row["response_a"], row["response_b"]) for row in table.to_pylist()]
+    asked = []
+
+    def label(judge, pairs, *more):
+        asked.append([pair.principle for pair in pairs])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "label", label)
+    judge = types.SimpleNamespace(template=types.SimpleNamespace(by_principle=True))
+    for module in (panel, evaluate):
+        monkeypatch.setattr(module, "load_judge", lambda *arguments: judge)
+    for number in (1, 2):
+        evaluation = run.in_round(number)
+        write_parquet(evaluation.folder("eval") / "preferences.parquet", table)
+        judged = evaluate._labeller(evaluation)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                judged(pairs, evaluation.folder("eval"), "evaluate")
+        assert capfd.readouterr().out == "eval: principles never drawn: weight 0: unused; no comparison: silent\n"
+        with pytest.raises(KeyboardInterrupt):
+            rounds._proxy(run, number, comparison_principles(run, "rounds"))
+        capfd.readouterr()
+    assert asked == [drawn] * 6
+    assert draws(run.in_round(2)) != draws(run)  # the labels of each round draw anew
+
+
 BAD = {
+    "too few labels of a principle": (
+        ["--config.reward_model.by_principle=True", "--config.reward_model.members=2"],
+        "the principle honest has",
+    ),
     "no constitution": (["--config.constitution.file="], "label.principles=draw needs constitution.file"),
     "no such file": (["--config.constitution.file=asistant"], "did you mean assistant"),
     "no such tag": (["--config.constitution.tags=('kind',)"], "has the tag 'kind': known are none"),

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -8,7 +9,15 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from rlaif_jax.models.parameters import abstract_parameters
 from rlaif_jax.models.transformer import ScalarModel
-from rlaif_jax.stages.reward_model import Comparisons, _labels_by_member, calibrated_scale, reward_loss
+from rlaif_jax.stages.reward_model import (
+    Comparisons,
+    _figures,
+    _labels_by_member,
+    _normalisation,
+    calibrated_scale,
+    reward_loss,
+    split_rows,
+)
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.reward_models import (
     RewardModel,
@@ -27,32 +36,66 @@ from tests.helpers import TINY, one_device, optimizer_config, quickstart_config,
 RNG = np.random.default_rng(0)
 CONFIG = quickstart_config().reward_model
 TRUE = RNG.normal(0, 1, 2000)  # differences of the rewards behind the labels
+PAIRS = range(2000)  # of one label each
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 4.0])
 def test_rewards_that_are_off_by_a_factor_are_brought_back(factor):
     labels = 1 / (1 + np.exp(-TRUE))
-    assert calibrated_scale(TRUE * factor, labels, 2.0) == pytest.approx(1 / factor, rel=1e-3)
+    assert calibrated_scale(TRUE * factor, labels, PAIRS, 2.0) == pytest.approx(1 / factor, rel=1e-3)
 
 
 def test_noise_in_the_rewards_shrinks_them_by_the_share_of_signal():
     small = 0.2 * TRUE  # where the sigmoid is straight, the best factor is the slope of a regression
     noisy = small + 0.2 * RNG.normal(0, 1, len(TRUE))
     slope = (small @ noisy) / (noisy @ noisy)
-    assert calibrated_scale(noisy, 1 / (1 + np.exp(-small)), 2.0) == pytest.approx(slope, rel=0.03)
+    assert calibrated_scale(noisy, 1 / (1 + np.exp(-small)), PAIRS, 2.0) == pytest.approx(slope, rel=0.03)
 
 
 @pytest.mark.parametrize("sign", [-1, 0])
 def test_rewards_that_say_nothing_or_the_opposite_are_scaled_to_nothing(sign):
     labels = 1 / (1 + np.exp(-sign * TRUE))
-    assert calibrated_scale(TRUE, labels, 2.0) == 0
+    assert calibrated_scale(TRUE, labels, PAIRS, 2.0) == 0
 
 
 def test_a_gain_that_chance_could_give_counts_for_nothing():
     margins, labels = np.ones(20), np.repeat([1.0, 0.0], [12, 8])
-    assert calibrated_scale(margins, labels, 0.0) == pytest.approx(np.log(12 / 8), rel=1e-3)
-    assert calibrated_scale(margins, labels, 2.0) == 0
-    assert calibrated_scale(np.ones(2000), labels.repeat(100), 2.0) > 0  # the same share of more labels is no chance
+    assert calibrated_scale(margins, labels, range(20), 0.0) == pytest.approx(np.log(12 / 8), rel=1e-3)
+    assert calibrated_scale(margins, labels, range(20), 2.0) == 0
+    # The same share of more labels is no chance.
+    assert calibrated_scale(np.ones(2000), labels.repeat(100), PAIRS, 2.0) > 0
+
+
+def test_many_labels_of_a_few_pairs_are_no_more_evidence_than_one_of_each():
+    margins, labels, pairs = np.ones(2000), np.repeat([1.0, 0.0], [1200, 800]), np.arange(2000) // 100
+    assert calibrated_scale(margins, labels, pairs, 0.0) == pytest.approx(np.log(12 / 8), rel=1e-3)
+    assert calibrated_scale(margins, labels, pairs, 2.0) == 0
+
+
+@pytest.mark.parametrize(("train_pairs", "trained"), [(0, 14), (2, 7), (9, 14)])
+def test_a_pair_is_trained_on_or_held_out_with_all_of_its_labels(train_pairs, trained):
+    pairs = [0, 0, 0, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 7, 7, 8, 9, 9, 9]
+    config = dataclasses.replace(CONFIG, validation_pairs=3, train_pairs=train_pairs)
+    assert split_rows(config, pairs) == (range(trained), slice(14, None))
+    assert split_rows(dataclasses.replace(config, validation_pairs=0), pairs)[1] == slice(20, None)
+    assert split_rows(config, [4, 4]) == (range(0), slice(0, None))
+
+
+def test_figures_on_held_out_labels_count_each_pair_once():
+    config = dataclasses.replace(quickstart_config(), reward_model=dataclasses.replace(CONFIG, validation_pairs=3))
+    run = types.SimpleNamespace(config=config, ground_truth=lambda: None)
+    table = {"pair": [4, 4, 5, 6, 6, 6], "prob_a": [0.9, 0.2, 0.7, 0.1, 0.6, 0.3]}
+    margins = np.array([1.0, 1, -1, -2, -2, -2])
+    zeros, lengths = np.zeros(6), (np.array([3, 3, 5, 9, 9, 9]), np.full(6, 4))
+    found = _figures(run, table, margins, zeros, lengths, [np.stack([margins, zeros]), np.zeros((2, 6))])
+    assert {figure["n"] for figure in found.values()} == {3}
+    assert found["reward_model_accuracy/held_out"]["mean"] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
+    assert found["reward_model_disagreement"]["mean"] == pytest.approx((0.25 + 0.25 + 1) / 3)
+    earlier = np.array([0.5, -0.5])  # of a pair that is trained on
+    _, held_out = split_rows(config.reward_model, [2, 2, *table["pair"]])
+    normalisation = _normalisation(run, np.append(earlier, margins), np.zeros(8), held_out, table)
+    assert normalisation["validation_pairs"] == 3
+    assert normalisation["validation_accuracy"] == found["reward_model_accuracy/held_out"]["mean"]
 
 
 def test_a_pair_without_weight_is_as_one_that_is_not_there():
