@@ -199,7 +199,7 @@ def red_team_corpus(config: config_dict.ConfigDict) -> None:
     config.policy.max_response_length = 48
     config.data.red_team_prompts.kind = "embedded"
     config.constitution.file = "everyday_requests"
-    config.judge.prompt.template = "everyday_principles"
+    config.judge.prompt.update(template="everyday_principles", shots=9)
     config.label.principles = "draw"
 
 

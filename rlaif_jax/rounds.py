@@ -1,8 +1,9 @@
 """Rounds of several runs or sweeps side by side: python -m rlaif_jax.rounds RUN [RUN ...] --out=FILE.svg"""
 
+import collections
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 from etils import epath
@@ -33,9 +34,9 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"{' '.join(str(error).split())}. {_USAGE}") from error
     if not folders:
         raise UserError(_USAGE)
-    runs: dict[str, Mapping] = {}
-    for folder in map(epath.Path, folders):
-        runs |= _arms(folder) if (folder / "sweep.json").exists() else {folder.name: _results(folder)}
+    if values.out and not values.out.endswith(".svg"):
+        raise UserError(f"--out={values.out} must end in .svg, which is what is drawn")
+    runs = _runs([epath.Path(folder).resolve() for folder in folders])
     for name, results in runs.items():
         if not series(results):
             raise UserError(f"{name} has no rounds: its config needs rounds of 2 or more, and to have run to its end")
@@ -43,6 +44,20 @@ def _main(argv: list[str]) -> int:
     if values.out:
         write_text(epath.Path(values.out), draw_rounds(runs))
     return 0
+
+
+def _runs(folders: Sequence[epath.Path]) -> dict[str, Mapping]:
+    """The figures of runs and of the arms of sweeps, by their names; by folder and name where two have one name."""
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not there: give the --workdir of a run, or of a sweep")
+        if (folder / "sweep.json").exists():
+            found += [(name, folder / name, results) for name, results in _arms(folder).items()]
+        else:
+            found.append((folder.name, folder, _results(folder)))
+    named = collections.Counter(name for name, _, _ in found)
+    return {name if named[name] == 1 else str(path): results for name, path, results in found}
 
 
 def _results(folder: epath.Path) -> dict:
@@ -56,9 +71,12 @@ def _arms(sweep: epath.Path) -> dict[str, dict]:
         for cell in sorted((sweep / "cells" / arm).glob("seed*")):
             if read_json(cell / "cell.json")["status"] == "done":
                 found.append(_results(cell))
-        if not found:
-            raise UserError(f"{sweep / 'cells' / arm} has no finished cell: run the sweep to its end")
-    return {arm: _mean(found) for arm, found in cells.items()}
+    missing = [arm for arm, found in cells.items() if not found]
+    if len(missing) == len(cells):
+        raise UserError(f"{sweep} has no finished cell: run the sweep to its end")
+    for arm in missing:
+        print(f"{sweep / 'cells' / arm} has no finished cell: left out", file=sys.stderr)
+    return {arm: _mean(found) for arm, found in cells.items() if found}
 
 
 def _mean(cells: list[dict]) -> dict:

@@ -44,8 +44,6 @@ def get_config(arm: str = "dpo,rounds") -> config_dict.ConfigDict:
         "ground_truth_good/round1",
         "ground_truth_good/round3",
         "win_rate/round3_vs_sft",
-        "proxy_win_rate/round3_vs_sft",
-        "judge_agreement/round3",
         "distinct_2/round3",
         "entropy/round3",
         "kl/round3_vs_sft",

@@ -14,9 +14,9 @@ from rlaif_jax.evaluation.statistics import Figure, show_figure
 
 # Figures by round, NAME/roundK or NAME/roundK_vs_sft, in the order of reading; those that no run has are left out.
 _TITLES = {
-    "ground_truth_good": "gold: good replies",
-    "win_rate": "gold: win rate over SFT, who evaluates",
-    "proxy_win_rate": "proxy: win rate over SFT, who labels",
+    "ground_truth_good": "good replies, by the ground truth",
+    "win_rate": "win rate over SFT, by who evaluates",
+    "proxy_win_rate": "win rate over SFT, by who labels",
     "judge_agreement": "who labels agrees with who evaluates",
     "label_agreement": "labels agree with the ground truth",
     "distinct_2": "distinct bigrams",
@@ -25,6 +25,7 @@ _TITLES = {
     "response_length": "response length, tokens",
     "kl": "KL from SFT, nats a reply",
 }
+_CHANCE = {"win_rate": 0.5, "proxy_win_rate": 0.5}
 _ROUND = re.compile(r"(\w+)/round(\d+)(?:_vs_sft)?")
 _COLUMNS = 3
 
@@ -42,7 +43,10 @@ def series(results: Mapping[str, object]) -> Series:
 
 
 def draw_rounds(runs: Mapping[str, Mapping[str, object]]) -> str:
-    """An SVG of small charts, a figure each, a line a run with 95 % intervals. Round 0 is the SFT policy."""
+    """An SVG of small charts, a figure each, a line a run with 95 % intervals, broken where a round has no figure.
+
+    Round 0 is the SFT policy.
+    """
     found = {run: series(results) for run, results in runs.items()}
     names = [name for name in _TITLES if any(name in each for each in found.values())]
     rows = -(-len(names) // _COLUMNS)
@@ -54,11 +58,13 @@ def draw_rounds(runs: Mapping[str, Mapping[str, object]]) -> str:
             for i, (run, each) in enumerate(found.items()):
                 if name in each:
                     _line(axes, each[name], run, 0.06 * (i - (len(found) - 1) / 2))
+            if name in _CHANCE:
+                axes.axhline(_CHANCE[name], color="grey", linewidth=0.8, linestyle="--")
             axes.set_title(_TITLES[name], fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in panels[len(names) :]:
             axes.set_visible(False)
-        canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
+        canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(found))
         canvas.supxlabel("round (0 is SFT)", fontsize=8)
         file = io.StringIO()
         canvas.savefig(file, format="svg", metadata={"Date": None})
@@ -66,10 +72,13 @@ def draw_rounds(runs: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def _line(axes, figures: Mapping[int, Figure], label: str, shift: float) -> None:
-    means = np.array([figure["mean"] for figure in figures.values()])
-    intervals = np.array([figure["ci95"] for figure in figures.values()], float).T  # NaN of a single seed
+    rounds = np.arange(min(figures), max(figures) + 1)
+    nothing = {"mean": np.nan, "ci95": (np.nan, np.nan)}
+    found = [figures.get(number, nothing) for number in rounds]
+    means = np.array([figure["mean"] for figure in found])
+    intervals = np.array([figure["ci95"] for figure in found], float).T  # NaN of a single seed
     errors = np.nan_to_num(np.abs(intervals - means))
-    axes.errorbar(np.array(list(figures)) + shift, means, errors, marker="o", markersize=3.5, linewidth=1.2,
+    axes.errorbar(rounds + shift, means, errors, marker="o", markersize=3.5, linewidth=1.2,
                   elinewidth=0.8, label=label)  # fmt: skip
 
 

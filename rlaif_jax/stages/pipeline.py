@@ -91,6 +91,7 @@ def plan(run: Run, names: list[str]) -> list[str]:
     for name in names:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
+    _check_rounds(run)
     check_verifiers(run, names)
     check_labels_by_principle(run)
     if not names:
@@ -100,6 +101,16 @@ def plan(run: Run, names: list[str]) -> list[str]:
     if "critique" in names and not is_done(run, "critique"):
         check_reviser(run)
     return sorted(set(names), key=order.index)
+
+
+def _check_rounds(run: Run) -> None:
+    """Raises UserError for a folder with rounds that the config no longer has: its last policy would not be the run's."""
+    beyond = run.workdir / f"round{run.config.rounds + 1}"
+    if beyond.exists():
+        raise UserError(
+            f"config.rounds={run.config.rounds}, but there is {beyond}: rounds can be raised in a folder, not lowered. Use "
+            "another --workdir, or delete that folder and those of later rounds"
+        )
 
 
 def check_verifiers(run: Run, names: Iterable[str]) -> None:
@@ -198,10 +209,13 @@ def is_done(run: Run, name: str) -> bool:
     record = run.record(name)
     if not record.exists() or not _read_record(record)["done"]:
         return False
-    # A label file that was deleted is put together again from the shards that it was made of.
-    folder = run.folder(name)
+    if name == "rounds" and _changed(run, name):  # more rounds to compare, which binds nobody
+        return False
+    # A label file that was deleted is put together again from the shards that it was made of; so are the pairs.
+    folder, stage = run.folder(name), in_round(name)[0]
     shards = [path for part in ("", "panel/*/", "principles/") for path in folder.glob(f"{part}shards/*")]
-    return not shards or (folder / "preferences.parquet").exists()
+    made = ("preferences.parquet", "candidates.parquet") if stage == "label" else ("preferences.parquet",)
+    return not shards or all((folder / file).exists() for file in made)
 
 
 def _read_record(record: epath.Path) -> dict:
@@ -217,14 +231,18 @@ def _check_config(run: Run, name: str) -> None:
     kept = any(file for pattern in _KEPT for file in folder.glob(pattern))
     if not record.exists() or not kept:
         return
-    before, now = _read_record(record)["config"], stage_inputs(run, name)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        was = ", ".join(f"{key}={now.get(key)!r} (was {before.get(key)!r})" for key in changed)
+    if changed := _changed(run, name):
+        was = ", ".join(f"{key}={now!r} (was {before!r})" for key, (before, now) in changed.items())
         raise UserError(
             f"stage {name} in {run.workdir} was begun with another config: {was}. Use another --workdir, or delete "
             f"{folder} and the stages after it"
         )
+
+
+def _changed(run: Run, name: str) -> dict[str, tuple]:
+    """What a begun stage depends on that is no longer as it was: what it was, and what it is."""
+    before, now = _read_record(run.record(name))["config"], stage_inputs(run, name)
+    return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
 def _check_predecessors(run: Run, name: str) -> None:

@@ -1,6 +1,6 @@
 """What comes of rounds in which each policy makes the pairs that the next one learns from.
 
-Gold beside proxy, diversity and the labels' agreement, round by round: a judge that learns with its policy may come to
+Gold beside proxy, where they are not one judge, diversity and the labels' agreement, round by round: a judge that learns with its policy may come to
 praise what nobody else does, and a policy fed on its own replies may narrow (Shumailov et al., arXiv 2305.17493).
 """
 
@@ -36,7 +36,9 @@ def run_rounds(run: Run) -> None:
         if number == 1:
             by_round |= {_named(name, "sft", 0): figure for name, figure in found.items() if name.endswith("/sft")}
         trained = {name: figure for name, figure in by_role(found, policy).items() if "/policy" in name}
-        trained |= _labels(run, number) | _proxy(run, number, principles)
+        trained |= _labels(run, number)
+        if run.config.panel.judges or run.config.label.principles == "ensemble":  # else who labels is who evaluates
+            trained |= _proxy(run, number, principles)
         by_round |= {_named(name, "policy", number): figure for name, figure in trained.items()}
     write_json(folder / "results.json", results | by_round)
     write_text(folder / "rounds.svg", draw_rounds({run.workdir.name: by_round}))

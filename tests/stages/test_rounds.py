@@ -1,6 +1,8 @@
 """Rounds: each policy makes the pairs that the next one learns from, judged by itself or by another."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,12 +10,14 @@ import pytest
 from etils import epath
 
 from rlaif_jax import rounds
+from rlaif_jax.config import override
 from rlaif_jax.main import main
 from rlaif_jax.models.parameters import parameters_hash
 from rlaif_jax.reporting.rounds import series, table
 from rlaif_jax.stages import panel
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.folders import all_stages, in_round, name_in_round
+from rlaif_jax.stages.rounds import run_rounds
 from tests.helpers import one_device_mesh
 from tests.tiny_judge import tiny_run_flags, write_judge
 
@@ -85,7 +89,7 @@ def test_the_figures_are_by_round(finished, capsys):
     assert last["entropy/sft"]["mean"] > 0
     assert rounds.main(["rounds", str(finished), f"--out={finished / 'figure.svg'}"]) == 0
     printed = capsys.readouterr().out
-    assert "proxy: win rate over SFT, who labels | 2 |" in printed and printed.strip() == table({"run": results})
+    assert "win rate over SFT, by who labels | 2 |" in printed and printed.strip() == table({"run": results})
     assert (finished / "figure.svg").read_text().startswith("<?xml")
     page = (finished / "report.html").read_text()
     assert "round 2 of 2" in page and "data:image/svg+xml" in page
@@ -115,6 +119,49 @@ def test_killed_in_the_second_round_it_goes_on_to_the_same(finished, judge, tmp_
     for name in ("round2/preference/metrics.jsonl", "round2/eval/results.json", "rounds/results.json"):
         assert (finished / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
     assert main(flags_of(judge, tmp_path / "run", "--replay=self/1", "--round=2")) == 0
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_rounds_are_compared_again_where_there_are_more_and_cannot_become_fewer(copied, judge, capfd):
+    record = copied / "rounds" / "stage.json"
+    stale = json.loads(record.read_text())
+    stale["config"]["rounds"] = 1  # as if the second had been added since
+    record.write_text(json.dumps(stale))
+    results = (copied / "rounds" / "results.json").read_bytes()
+    (copied / "rounds" / "results.json").unlink()
+    assert main(flags_of(judge, copied)) == 0
+    assert "rounds: nothing to do" not in capfd.readouterr().out
+    assert (copied / "rounds" / "results.json").read_bytes() == results
+    assert main(flags_of(judge, copied, "--config.rounds=1")) == 2
+    assert "rounds can be raised in a folder, not lowered" in capfd.readouterr().err
+
+
+def test_pairs_that_were_deleted_are_made_again(copied, judge):
+    file = copied / "round2" / "label" / "candidates.parquet"
+    before = file.read_bytes()
+    file.unlink()
+    assert main(flags_of(judge, copied)) == 0
+    assert file.read_bytes() == before
+
+
+def test_runs_of_one_name_have_columns_of_their_own(copied, finished, capsys):
+    assert rounds.main(["rounds", str(finished), str(copied)]) == 0
+    assert f"| {finished} | {copied} |" in capsys.readouterr().out
+    assert rounds.main(["rounds", str(copied), f"--out={copied / 'figure.png'}"]) == 2
+    assert "must end in .svg" in capsys.readouterr().err
+
+
+def test_one_judge_is_no_proxy_beside_itself(copied):
+    run = runs.reopen_run(epath.Path(copied), one_device_mesh())
+    run_rounds(dataclasses.replace(run, config=override(run.config, {"panel.judges": {}})))
+    found = series(json.loads((copied / "rounds" / "results.json").read_text()))
+    assert "win_rate" in found and not {"proxy_win_rate", "judge_agreement"} & set(found)
 
 
 def test_what_evaluates_is_not_the_policy(judge, tmp_path, capfd):
