@@ -104,12 +104,12 @@ def plan(run: Run, names: list[str]) -> list[str]:
 
 
 def _check_rounds(run: Run) -> None:
-    """Raises UserError for a folder with rounds that the config no longer has: its last policy would not be the run's."""
+    """Raises UserError for a folder with rounds beyond those of the config: its last policy is not the run's."""
     beyond = run.workdir / f"round{run.config.rounds + 1}"
     if beyond.exists():
         raise UserError(
-            f"config.rounds={run.config.rounds}, but there is {beyond}: rounds can be raised in a folder, not lowered. Use "
-            "another --workdir, or delete that folder and those of later rounds"
+            f"config.rounds={run.config.rounds}, but there is {beyond}: rounds can be raised in a folder, not lowered. "
+            "Use another --workdir, or delete that folder and those of later rounds"
         )
 
 

@@ -1,7 +1,8 @@
 """What comes of rounds in which each policy makes the pairs that the next one learns from.
 
-Gold beside proxy, where they are not one judge, diversity and the labels' agreement, round by round: a judge that learns with its policy may come to
-praise what nobody else does, and a policy fed on its own replies may narrow (Shumailov et al., arXiv 2305.17493).
+Gold beside proxy, where they are not one judge, diversity and the labels' agreement, round by round: a judge that
+learns with its policy may come to praise what nobody else does, and a policy fed on its own replies may narrow
+(Shumailov et al., arXiv 2305.17493).
 """
 
 import functools

@@ -245,8 +245,12 @@ def test_the_templates_for_a_constitution_have_principles_and_both_slots_are_rig
     found = load_template(dataclasses.replace(PLAIN, template=name, shots=shots))
     assert found.by_principle and not found.inverted
     assert [found.preamble.count(found.questions[0] + choice) for choice in found.choices] == [shots // 2] * 2
+
+
+def test_what_principles_share_comes_first_in_the_template_for_a_large_judge():
+    found = load_template(dataclasses.replace(PLAIN, template="constitution"))
     (first, _), (again, _) = (texts(found, Pair("p", "x", "y", "id", text)) for text in ("Be kind.", "Be true."))
-    assert first[: first.index("Be kind.")] == again[: again.index("Be true.")]  # what principles share comes first
+    assert first[: first.index("Be kind.")] == again[: again.index("Be true.")]
     assert first.index("y") < first.index("Be kind.")
 
 
