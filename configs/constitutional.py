@@ -30,7 +30,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config = _hh("smoke" in words) if "hh" in words else _embedded("smoke" in words)
     if "cot" in words:
         config.judge.prompt.chain_of_thought = True
-        config.preferences.clamp = 0.1  # from 40 to 60 %, as in the paper
+        config.preferences.update(hard=False, clamp=0.1)  # from 40 to 60 %, as in the paper
     return config
 
 

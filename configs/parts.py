@@ -200,6 +200,7 @@ def red_team_corpus(config: config_dict.ConfigDict) -> None:
     config.data.red_team_prompts.kind = "embedded"
     config.constitution.file = "everyday_requests"
     config.judge.prompt.update(template="everyday_principles", shots=9)
+    config.preferences.hard = True  # under a principle a small judge is within 0.05 of a half, on the right side mostly
     config.label.principles = "draw"
 
 

@@ -3,7 +3,7 @@
     python -m rlaif_jax.sweep --config=configs/sweeps/quickstart_constitutional.py --workdir=runs/sweeps
 
 `sl_cai` is evaluated after SFT on the revisions; `rl_cai` goes on from it with labels under principles, a reward model
-and PPO. About half an hour on 2 CPU cores.
+and PPO; `rl_cai_soft` learns the judge's probabilities, not which side they are on. About half an hour on 2 CPU cores.
 """
 
 from ml_collections import config_dict
@@ -16,6 +16,7 @@ def get_config(arm: str = "constitutional") -> config_dict.ConfigDict:
     sweep = config_dict.ConfigDict()
     sweep.base = quickstart.get_config(arm)
     arms = {"sl_cai": {"stages": ("sft", "critique", "sl_cai", "eval")}, "rl_cai": {}}
+    arms |= {"rl_cai_soft": {"preferences.hard": False}}
     sweep.arms = config_dict.ConfigDict(arms, allow_dotted_keys=True, sort_keys=False)
     sweep.seeds = (0, 1, 2)
     sweep.baseline = "sl_cai"
