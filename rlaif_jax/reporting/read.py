@@ -12,7 +12,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policies, policy_stage, policy_titles, title
 from rlaif_jax.evaluation.principles import Columns, principle_columns
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
-from rlaif_jax.stages.folders import cell_stages, name_in_round
+from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 
 # Those of stages/pipeline.py, without JAX.
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
@@ -87,9 +87,7 @@ def read_run(workdir: epath.Path) -> RunData:
 
     Raises UserError for a folder that is no run, and for a damaged file.
     """
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir / 'config.json'} is missing: {workdir} is no folder of rlaif_jax.main")
-    record = _object(workdir / "config.json", config=dict)
+    record = _object(record_file(workdir), config=dict)
     rounds, shared = record["config"].get("rounds", 1), cell_stages(workdir)
     names = {number: {stage: name_in_round(stage, number) for stage in STAGES} for number in range(1, rounds + 1)}
     all_folders = {
