@@ -8,7 +8,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json
 
 # The last one's figures count where names are the same: those of eval, where rounds were added since `rounds` ran.
-_WITH_RESULTS = ("critique", "reward_model", "rounds", "eval", "overoptimisation")
+_WITH_RESULTS = ("critique", "reward_model", "best_of_n", "rounds", "eval", "overoptimisation")
 _ONCE = ("sft", "critique", "sl_cai", "overoptimisation", "rounds")  # stages that all rounds share
 
 
