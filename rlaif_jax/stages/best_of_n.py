@@ -42,8 +42,8 @@ def _choose(run: Run) -> pa.Table:
     """Samples n replies a prompt, scores them, and keeps the best of each.
 
     Columns: prompt, response, tokens (with end of sequence), reward, mean_reward of the n, and tied: whether all with a
-    score have the same. Prompts none of whose replies has a score are left out. Raises UserError where more replies than
-    `rl.rewards.max_unscored_rate` have none.
+    score have the same. Prompts none of whose replies has a score are left out. Raises UserError where more of the
+    replies than `rl.rewards.max_unscored_rate` have none.
     """
     config = run.config.best_of_n
     drawn = shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("best_of_n"), "best_of_n.prompts")
