@@ -14,7 +14,8 @@ label, and their mean is learned: three times the labelling); overoptimisation (
 against the ground truth, as is best of n: docs/overoptimisation.md); rounds (three times from labels to evaluation,
 each time from the policy of the time before: docs/preferences.md); constitutional (red-team requests as well, to which
 SmolLM2 criticises and revises the policy's replies, SFT on the revisions, then labels and RL from there:
-docs/constitution_sl.md); smoke (the same judge on a fraction of the data, to see that everything runs).
+docs/constitution_sl.md); smoke (the same judge on a fraction of the data, to see that everything runs). One word at
+most says how the policy is trained; drlaif goes with any algorithm of RL.
 """
 
 from ml_collections import config_dict

@@ -1,6 +1,7 @@
 """What the task configs (tldr, hh_helpful, hh_harmless, scitldr) share: their arms and their sizes.
 
-An arm is one or more words with commas between them, e.g. `--config=configs/tldr.py:rlhf,smoke`:
+An arm is one or more words with commas between them, e.g. `--config=configs/tldr.py:rlhf,smoke`, of which one at most
+says how the policy is trained (drlaif goes with any algorithm of RL):
 
     rlaif        AI labels by the judge with the detailed prompt (the default)
     rlhf         human labels instead of the judge's
