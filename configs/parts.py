@@ -1,6 +1,11 @@
 """Groups of fields that several configs share."""
 
+from collections.abc import Sequence
+
 from ml_collections import config_dict
+
+ALGORITHMS = ("reinforce", "ppo", "rloo", "grpo")  # of `rl_losses`
+PREFERENCE_LOSSES = ("dpo", "ipo", "slic", "online_dpo", "online_ipo", "online_slic")
 
 
 def group(**fields) -> config_dict.ConfigDict:
@@ -25,6 +30,19 @@ def optimizer(learning_rate: float, schedule: str, warmup_steps: int, weight_dec
 def sampling(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> config_dict.ConfigDict:
     """How tokens are drawn: the softmax at a temperature, cut to its likelier tokens by the filters that are on."""
     return group(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def check_one_way(words: Sequence[str]) -> None:
+    """Raises ValueError where two words of an arm train the policy in different ways, of which one would be ignored.
+
+    drlaif is a reward for any algorithm of RL, and without one of them the default's.
+    """
+    ways = [word for word in words if word in (*ALGORITHMS, *PREFERENCE_LOSSES, "best_of_n")]
+    if "drlaif" in words and not set(ALGORITHMS) & set(words):
+        ways.append("drlaif")
+    if len(set(ways)) > 1:
+        first, second = list(dict.fromkeys(ways))[:2]
+        raise ValueError(f"arms {first!r} and {second!r} train the policy in different ways: take one of them")
 
 
 def rl_losses(config: config_dict.ConfigDict, algorithm: str) -> None:

@@ -14,12 +14,15 @@ label, and their mean is learned: three times the labelling); overoptimisation (
 against the ground truth, as is best of n: docs/overoptimisation.md); rounds (three times from labels to evaluation,
 each time from the policy of the time before: docs/preferences.md); constitutional (red-team requests as well, to which
 SmolLM2 criticises and revises the policy's replies, SFT on the revisions, then labels and RL from there:
-docs/constitution_sl.md); smoke (the same judge on a fraction of the data, to see that everything runs).
+docs/constitution_sl.md); smoke (the same judge on a fraction of the data, to see that everything runs). One word at
+most says how the policy is trained; drlaif goes with any algorithm of RL.
 """
 
 from ml_collections import config_dict
 
 from configs.parts import (
+    ALGORITHMS,
+    check_one_way,
     constitutional,
     critique,
     direct_rlaif,
@@ -307,6 +310,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     words = arm.split(",")
     if unknown := [word for word in words if word not in ARMS]:
         raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
+    check_one_way(words)
     if "smoke" in words:
         config.preference.steps, config.best_of_n.steps, config.best_of_n.prompts = 8, 8, 24
         corpus = config.data.embedded
@@ -314,7 +318,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         config.sft.steps, config.label.pairs, config.reward_model.steps, config.rl.steps = 40, 48, 8, 4
         config.reward_model.validation_pairs = 16
         config.critique.prompts, config.critique.rounds, config.sl_cai.steps = 16, 1, 8
-    for algorithm in ("ppo", "reinforce", "rloo", "grpo"):
+    for algorithm in ALGORITHMS:
         if algorithm in words:
             rl_losses(config, algorithm)
     if {"reinforce", "rloo"} & set(words):  # one update an iteration, not four

@@ -1,6 +1,7 @@
 """What the task configs (tldr, hh_helpful, hh_harmless, scitldr) share: their arms and their sizes.
 
-An arm is one or more words with commas between them, e.g. `--config=configs/tldr.py:rlhf,smoke`:
+An arm is one or more words with commas between them, e.g. `--config=configs/tldr.py:rlhf,smoke`, of which one at most
+says how the policy is trained (drlaif goes with any algorithm of RL):
 
     rlaif        AI labels by the judge with the detailed prompt (the default)
     rlhf         human labels instead of the judge's
@@ -32,7 +33,18 @@ SmolLM2-135M-Instruct (Apache-2.0) until `--config.policy.weights` and `--config
 from ml_collections import config_dict
 
 from configs import quickstart
-from configs.parts import direct_rlaif, group, optimizer, panel, preference_losses, rl_losses, teacher
+from configs.parts import (
+    ALGORITHMS,
+    PREFERENCE_LOSSES,
+    check_one_way,
+    direct_rlaif,
+    group,
+    optimizer,
+    panel,
+    preference_losses,
+    rl_losses,
+    teacher,
+)
 
 ARMS = (
     "rlaif",
@@ -51,8 +63,6 @@ ARMS = (
     "drlaif",
     "best_of_n",
 )
-ALGORITHMS = ("reinforce", "ppo", "rloo", "grpo")
-PREFERENCE_LOSSES = ("dpo", "ipo", "slic", "online_dpo", "online_ipo", "online_slic")
 # What a teacher is asked for where the prompt itself does not say it.
 _ASKED = {layout: "Summarise this in one short sentence.\n\n{prompt}" for layout in ("tldr", "abstract")}
 WORDS = (*ARMS, *ALGORITHMS, *PREFERENCE_LOSSES, "smoke", "local", "hub")
@@ -71,6 +81,7 @@ def task(
     unknown = [word for word in words if word not in WORDS]
     if unknown:
         raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(WORDS)}")
+    check_one_way(words)
     config = quickstart.get_config()
     sources = local if "local" in words or ("smoke" in words and "hub" not in words) else hub
     with config.unlocked():

@@ -1,5 +1,6 @@
 """What a judge leans to and how far people agree with it: python -m rlaif_jax.audit --workdir=RUN | --labels=FILE"""
 
+import functools
 import json
 import sys
 
@@ -16,13 +17,16 @@ from rlaif_jax.evaluation.panel import RULES, panel_audit
 from rlaif_jax.evaluation.principles import comparable, principle_audit, principle_columns
 from rlaif_jax.files import write_json, write_text
 from rlaif_jax.reporting.audit_page import render_audit
-from rlaif_jax.stages.folders import stage_folder
+from rlaif_jax.stages.folders import last_round, name_in_round, stage_folder
 from rlaif_jax.summary import print_audit
 
-_USAGE = "usage: python -m rlaif_jax.audit --workdir=RUN | --labels=FILE [--by=COLUMN,...] [--out=DIR] [--next=N]"
+_USAGE = (
+    "usage: python -m rlaif_jax.audit --workdir=RUN [--round=K] | --labels=FILE [--by=COLUMN] [--out=DIR] [--next=N]"
+)
 _HELP = """  --workdir=RUN     a run: the comparisons of people that its judge was tried on, else its label file
   --labels=FILE     a Parquet file with the columns of label/preferences.parquet, and where known `human` (what people
                     say of response_a: 1 better, 0 worse, null nothing), `generator_a` and `generator_b` (who wrote it)
+  --round=K         with --workdir: of the labels in RUN/roundK/label; 1 by default
   --by=COLUMN,...   splits the agreement with people by the values of these columns
   --out=DIR         writes NAME.audit.json and NAME.audit.html there, not beside NAME.parquet
   --next=N          also writes next.jsonl: the N pairs that people should label next
@@ -43,10 +47,13 @@ def _main(argv: list[str]) -> int:
     flags.DEFINE_list("by", [], "", flag_values=values)
     flags.DEFINE_integer("next", 0, "", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("resamples", 1000, "", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("round", None, "", lower_bound=1, flag_values=values)
     options = parse_plain(argv, _USAGE, values)
     if (options.workdir is None) == (options.labels is None):
         raise UserError(_USAGE)
-    file = epath.Path(options.labels) if options.labels else _of_run(epath.Path(options.workdir))
+    if options.labels and options.round:
+        raise UserError("--round is for --workdir alone")
+    file = epath.Path(options.labels) if options.labels else _of_run(epath.Path(options.workdir), options.round)
     columns = _read(file, options.by)
     folder = epath.Path(options.out) if options.out else file.parent
     figures = audit(columns, options.resamples, 0, options.by) | panel_audit(columns, options.resamples, 0)
@@ -65,13 +72,20 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _of_run(run: epath.Path) -> epath.Path:
-    """The label file of a run to audit. Raises UserError where there is none."""
-    folder = stage_folder(run, "label")
+def _of_run(run: epath.Path, number: int | None) -> epath.Path:
+    """The label file of a round of a run to audit: of the first, and that is said, where there are more to choose from.
+
+    Raises UserError where there is none.
+    """
+    last = last_round(functools.partial(stage_folder, run), "label", "preferences.parquet")
+    if number is None and last > 1:
+        print(f"round 1 of {last} that have labels; --round=K audits another")
+    stage = name_in_round("label", number or 1)
+    folder = stage_folder(run, stage)
     for file in (folder / "audit" / "audited.parquet", folder / "preferences.parquet"):
         if file.exists():
             return file
-    raise UserError(f"{folder / 'preferences.parquet'} is missing: run --stages=label first")
+    raise UserError(f"{folder / 'preferences.parquet'} is missing: run --stages={stage} first")
 
 
 def _read(file: epath.Path, by: list[str]) -> dict[str, list]:

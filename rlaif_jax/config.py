@@ -177,7 +177,7 @@ class GoldConfig(ScorersConfig):
 
     judge_weights: str  # a GGUF file, or package:NAME; "" for those of `judge`
     reward_model: float  # that of another run, a larger one's for example
-    reward_model_run: str  # the folder of that run
+    reward_model_run: str  # the folder of that run; of one with rounds, the last trained one's is taken
 
 
 @dataclasses.dataclass(frozen=True)

@@ -255,10 +255,16 @@ def _check_rounds(config: Config) -> None:
             f"config.rounds={config.rounds} needs a stage in config.stages that trains the policy in each of them: one "
             f"of {', '.join(POLICY_STAGES)}"
         )
+    if "preference" in config.stages and config.preference.online:
+        raise UserError(
+            f"config.rounds={config.rounds} with preference.online=True: a round begins with new labels, but online "
+            "the live policy has new pairs judged at each step; set rounds to 1, or preference.online=False and take "
+            "the stage label"
+        )
     if "label" not in config.stages or config.label.source == "human":
         raise UserError(
-            f"config.rounds={config.rounds}: later rounds need pairs of their own, so the stage label in config.stages "
-            "with label.source=ai or both"
+            f"config.rounds={config.rounds}: each round has new pairs of its policy labelled, which needs the stage "
+            "label in config.stages with label.source=ai or both"
         )
 
 
@@ -271,7 +277,12 @@ def _check_judges(config: Config) -> None:
         if config.preferences.order != "both" and judge.prompt.method == "rating":
             raise UserError(f"config.preferences.order must be both where {name}.prompt.method=rating: there are no "
                             "orders")  # fmt: skip
-    if POLICY in (config.judge.weights, config.rl.gold.judge_weights):
+    if config.rl.gold.judge_weights == POLICY:
+        raise UserError(
+            f"config.rl.gold.judge_weights={POLICY!r}: gold must not change with the policy; name a GGUF file, or "
+            "leave it empty for the weights of config.judge"
+        )
+    if config.judge.weights == POLICY:
         raise UserError(
             f"config.judge.weights={POLICY!r}: what evaluates must not change with the policy; name a judge of its own "
             f"in panel.judges to label with the policy itself"
@@ -291,6 +302,8 @@ def _check_judges(config: Config) -> None:
     if not panel.judges:
         if panel.disagreement != "none":
             raise UserError(f"config.panel.disagreement={panel.disagreement} needs judges in panel.judges to disagree")
+        if panel.combine != "mean":
+            raise UserError(f"config.panel.combine={panel.combine} needs judges in panel.judges to combine")
         return
     for name, judge in panel.judges.items():
         if judge.weights == POLICY and judge.shuffle_weights:

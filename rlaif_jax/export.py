@@ -1,6 +1,7 @@
 """A run's labels as a preference data set: python -m rlaif_jax.export --workdir=RUN --stage=label --out=DIR"""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 
@@ -17,7 +18,8 @@ from rlaif_jax.files import read_json, read_parquet, replacing, write_text
 from rlaif_jax.stages.folders import stage_folder
 
 _USAGE = "usage: python -m rlaif_jax.export --workdir=RUN --stage=label --out=DIR [--license=ID] [--name=NAME]"
-_HELP = """  --license=ID         the licence of prompts and responses, by its Hugging Face id; "unknown" by default
+_HELP = """  --stage=label        the labels to export; in a run with rounds, those of later ones are round2/label ...
+  --license=ID         the licence of prompts and responses, by its Hugging Face id; "unknown" by default
   --judge-license=ID   that of the judge, whose terms may bind what is made with its labels
   --name=NAME          what the card calls the data set; by default the run's name
 
@@ -58,20 +60,21 @@ def _main(argv: list[str]) -> int:
     options = parse_plain(argv, _USAGE, values)
     if not options.workdir or not options.out:
         raise UserError(_USAGE)
-    if options.stage != "label":
-        raise UserError(f"--stage={options.stage}: only label can be exported")
+    if not re.fullmatch(r"(round([2-9]|[1-9]\d+)/)?label", options.stage or ""):
+        raise UserError(f"--stage={options.stage}: only label can be exported, or that of a later round, round2/label")
     run, out = epath.Path(options.workdir), open_folder(options.out)
+    folder = stage_folder(run, options.stage)
+    if not (folder / "preferences.parquet").exists():
+        raise UserError(f"{folder / 'preferences.parquet'} is missing: run --stages={options.stage} first")
     licenses = {"license": options.license, "judge_license": values["judge-license"].value}
-    export_labels(stage_folder(run, "label"), out, options.name or run.name, licenses)
+    export_labels(folder, out, options.name or run.name, licenses)
     print(out)
     return 0
 
 
 def export_labels(folder: epath.Path, out: epath.Path, name: str, licenses: dict[str, str]) -> None:
-    """Writes the labels in `folder` to `out`/data/train.parquet with a card. Raises UserError where there are none."""
+    """Writes the labels in `folder` to `out`/data/train.parquet with a card. Raises UserError where none decides."""
     file = folder / "preferences.parquet"
-    if not file.exists():
-        raise UserError(f"{file} is missing: run --stages=label first")
     table, manifest = read_parquet(file), read_json(folder / "manifest.json")
     rows = list(_preferences(table))
     if not rows:

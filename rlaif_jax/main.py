@@ -19,7 +19,7 @@ from rlaif_jax.files import read_parquet, remove_leftovers, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import Judge, load_judge
 from rlaif_jax.report import write_report
-from rlaif_jax.stages.folders import all_stages, in_round
+from rlaif_jax.stages.folders import all_stages, in_round, name_in_round
 from rlaif_jax.stages.panel import member
 from rlaif_jax.stages.pipeline import STAGES, plan, run_stages
 from rlaif_jax.stages.run import Run, open_run, run_record, with_seed
@@ -33,7 +33,8 @@ _HELP = f"""  --config.FIELD=VALUE   overrides a field of the config, e.g. --con
                          NAME/ROW,... those of a member of a panel, in DIR/label/panel/NAME; principles/ROW,... those
                          of an ensemble of principles, in DIR/label/principles
   --round=K              with --replay: of the labels in DIR/roundK/label
-  --worker=I/N           with --stages=label: judges every N-th shard from the I-th on, beside N - 1 other processes"""
+  --worker=I/N           with --stages=label (or round2/label ...): judges every N-th shard from the I-th on, beside
+                         N - 1 other processes"""
 
 
 def main(argv: list[str]) -> int:
@@ -50,15 +51,19 @@ def _main(argv: list[str]) -> int:
     options = parse_flags(argv, _USAGE, values)
     folder = open_folder(options.workdir)
     run = open_run(with_seed(parse(options.config.to_dict()), folder), folder)
+    rounds = run.config.rounds
+    if options.round > rounds:
+        raise UserError(f"--round={options.round}: the config has {rounds} round{'s' * (rounds > 1)}")
     if options.replay is not None:
         return _replay(run.in_round(options.round), options.replay)
     if options.round != 1:
         raise UserError("--round is for --replay alone")
-    if options.worker is not None:
-        if options.stages != ["label"]:
-            raise UserError("--worker is for --stages=label alone")
-        run = dataclasses.replace(run, worker=_worker(options.worker))
     every = all_stages(run.config.stages, run.config.rounds)
+    if options.worker is not None:
+        labelling = [name for name in every if in_round(name)[0] == "label"]
+        if options.stages not in [[name] for name in labelling]:
+            raise UserError(f"--worker is for one stage alone: --stages={' or '.join(labelling) or 'label'}")
+        run = dataclasses.replace(run, worker=_worker(options.worker))
     stages = plan(run, list(every) if options.stages is None else options.stages)
     with room_in(run.workdir), jax.set_mesh(run.placement.mesh):
         if run.worker.count == 1:
@@ -84,7 +89,7 @@ def _replay(run: Run, rows: str) -> int:
     load, folder, rows = _replayed(run, rows)
     file = folder / "preferences.parquet"
     if not file.exists():
-        raise UserError(f"{file} is missing: run --stages=label first")
+        raise UserError(f"{file} is missing: run --stages={name_in_round('label', run.round)} first")
     table = read_parquet(file)
     chosen = _rows(rows, table.num_rows)
     with jax.set_mesh(run.placement.mesh):

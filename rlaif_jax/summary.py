@@ -19,7 +19,8 @@ def print_summary(run: Run) -> None:
     console = _console()
     results = by_role(read_json(run.folder("eval") / "results.json"), run.config.policy_stage)
     policy = title(flatten(run.config))
-    table = Table(title=f"{escape(str(run.workdir))}: mean [95 % interval]", title_justify="left")
+    rounds = f", round {run.round} of {run.config.rounds}" if run.config.rounds > 1 else ""
+    table = Table(title=f"{escape(str(run.workdir))}{rounds}: mean [95 % interval]", title_justify="left")
     policies = policy_titles(run.config.policies, policy)
     for column in ("", *policies.values(), "n"):
         table.add_column(column, justify="right" if column else "left")

@@ -57,6 +57,19 @@ def test_constitutional_comes_before_what_another_arm_trains(other):
     assert both == ("sft", "critique", "sl_cai", *alone[1:])
 
 
+@pytest.mark.parametrize("words", ["dpo,ipo", "dpo,best_of_n", "rloo,grpo", "reinforce,dpo", "drlaif,dpo"])
+@pytest.mark.parametrize("module", [quickstart, smollm2, tldr], ids=lambda module: module.__name__)
+def test_words_that_train_the_policy_in_different_ways_are_refused(module, words):
+    first, second = words.split(",")
+    with pytest.raises(ValueError, match=rf"'({first}|{second})' and '({first}|{second})' train the policy in diff"):
+        module.get_config(words)
+
+
+@pytest.mark.parametrize("words", ["drlaif,grpo", "dpo,dpo", "best_of_n,ensemble", "dpo,rounds,panel,smoke"])
+def test_words_that_go_together_are_not(words):
+    check(parse(quickstart.get_config(words).to_dict()), devices=1)
+
+
 def test_an_unknown_word_names_those_that_there_are():
     with pytest.raises(ValueError, match=r"'smok'.*rlhf.*smoke"):
         tldr.get_config("rlhf,smok")

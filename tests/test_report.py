@@ -229,6 +229,21 @@ def test_a_partial_run_says_what_is_missing(done, run, tmp_path):
     assert f"--workdir={tmp_path} --stages={','.join(STAGES[done:])}" in text
 
 
+def test_a_page_of_a_run_with_rounds_says_how_far_the_next_one_is_and_what_goes_on_with_it(tmp_path):
+    run = write_run(tmp_path / "run", config={"rounds": 2})
+    for stage, done in {"label": True, "reward_model": False}.items():
+        write(run / "round2" / stage / "stage.json", {"done": done, "config": {}})
+    text = Page(write_report(epath.Path(run)).read_text()).text
+    states = "Labels done, Reward model unfinished, RL not run, Evaluation not run"
+    assert f"Round 2 of 2: {states}. What follows is of round 1." in text
+    assert f"python -m rlaif_jax.main --config=configs/NAME.py --workdir={run}\n" in text
+    for stage in ("label", "reward_model", "rl", "eval"):
+        write(run / "round2" / stage / "stage.json", {"done": True, "config": {}})
+    assert "The comparison of the rounds: not run." in Page(write_report(epath.Path(run)).read_text()).text
+    write(run / "rounds" / "stage.json", {"done": True, "config": {}})
+    assert "goes on with it" not in Page(write_report(epath.Path(run)).read_text()).text
+
+
 def test_a_stage_that_was_stopped_is_unfinished(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "eval")

@@ -21,6 +21,7 @@ from rlaif_jax.reporting.read import RunData
 from rlaif_jax.reporting.samples import sample_cards
 from rlaif_jax.reporting.verdict import judge
 from rlaif_jax.reporting.words import count, figure_cell, fixed, interval, number, percent, points
+from rlaif_jax.stages.folders import in_round, name_in_round
 
 _FOLDER = epath.Path(__file__).parent
 _STAGE_TITLES = {
@@ -78,6 +79,7 @@ def render(run: RunData) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         verdict=verdict,
         stages=[(name, _STAGE_TITLES[name], run.stages[name], _progress(run, name)) for name in run.planned],
+        later=_later(run),
         commands={name: _command(run, name) for name in _STAGE_TITLES},
         by_policy=_by_policy(run.results or {}, list(run.policies)),
         single=_single(run.results or {}, run.title, list(run.policies)),
@@ -103,8 +105,29 @@ def _command(run: RunData, stage: str) -> str:
     if stage not in order:
         return ""
     needed = [name for name in order[: order.index(stage)] if run.stages[name] != "done"] + [stage]
-    config = f"--config=configs/NAME.py --workdir={shlex.quote(run.path)}"
-    return f"python -m rlaif_jax.main {config} --stages={','.join(needed)}"
+    return f"{_main(run)} --stages={','.join(name_in_round(name, run.round) for name in needed)}"
+
+
+def _main(run: RunData) -> str:
+    return f"python -m rlaif_jax.main --config=configs/NAME.py --workdir={shlex.quote(run.path)}"
+
+
+def _later(run: RunData) -> dict | None:
+    """Of a run whose later rounds have not been gone through: how far the next one is, and what goes on with it."""
+    left = [name for name, state in run.later.items() if state != "done"]
+    if not left or run.stages["eval"] != "done":  # the page says what is missing of its own round
+        return None
+    number, rounds = in_round(left[0])[1], run.config["rounds"]
+    if left == ["rounds"]:
+        text = f"The comparison of the rounds: {run.later['rounds']}."
+    else:
+        states = [
+            f"{_STAGE_TITLES[stage]} {run.later[name]}"
+            for stage in run.planned
+            if (name := name_in_round(stage, number)) in run.later
+        ]
+        text = f"Round {number} of {rounds}: {', '.join(states)}. What follows is of round {run.round}."
+    return {"text": text, "command": _main(run)}
 
 
 def _progress(run: RunData, stage: str) -> str:

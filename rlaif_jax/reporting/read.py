@@ -12,7 +12,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policies, policy_stage, policy_titles, title
 from rlaif_jax.evaluation.principles import Columns, principle_columns
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
-from rlaif_jax.stages.folders import cell_stages, name_in_round
+from rlaif_jax.stages.folders import all_stages, cell_stages, in_round, name_in_round, record_file
 
 # Those of stages/pipeline.py, without JAX.
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
@@ -36,6 +36,7 @@ class RunData:
     round: int  # the last one that has been evaluated; what follows is of it
     by_round: str | None  # rounds/rounds.svg
     stages: dict[str, str]  # name -> "done", "unfinished" or "not run"
+    later: dict[str, str]  # the same of the rounds after that one, as `name_in_round`, and of what compares them all
     metrics: dict[str, list[dict]]  # stage -> lines of metrics.jsonl
     labels: list[dict] | None  # label/preferences.parquet
     label_manifest: dict | None
@@ -87,9 +88,7 @@ def read_run(workdir: epath.Path) -> RunData:
 
     Raises UserError for a folder that is no run, and for a damaged file.
     """
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir / 'config.json'} is missing: {workdir} is no folder of rlaif_jax.main")
-    record = _object(workdir / "config.json", config=dict)
+    record = _object(record_file(workdir), config=dict)
     rounds, shared = record["config"].get("rounds", 1), cell_stages(workdir)
     names = {number: {stage: name_in_round(stage, number) for stage in STAGES} for number in range(1, rounds + 1)}
     all_folders = {
@@ -98,6 +97,8 @@ def read_run(workdir: epath.Path) -> RunData:
     }
     evaluated = [number for number, each in all_folders.items() if _state(each["eval"]) == "done"]
     number = max(evaluated, default=1)
+    planned = all_stages(record["config"].get("stages", USUAL), rounds)
+    later = [name for name in planned if name == "rounds" or in_round(name)[1] > number]
     folders = all_folders[number]
     label, evaluation = folders["label"], folders["eval"]
     by_round = shared.get("rounds", workdir / "rounds") / "rounds.svg"
@@ -115,6 +116,7 @@ def read_run(workdir: epath.Path) -> RunData:
         round=number,
         by_round=by_round.read_text() if by_round.exists() else None,
         stages={stage: _state(folder) for stage, folder in folders.items()},
+        later={name: _state(shared.get(name, workdir / name)) for name in later},
         metrics={stage: _lines(folders[stage] / "metrics.jsonl") for stage in STAGES if stage not in ("label", "eval")},
         labels=labels,
         label_manifest=_object(label / "manifest.json", rows=int, status=dict),

@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from rlaif_jax.data.encoding import prompt_tokens
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_parquet, write_parquet
+from rlaif_jax.evaluation.statistics import wilson_ci
+from rlaif_jax.files import read_parquet, write_json, write_parquet
 from rlaif_jax.stages.replies import keep_replies
 from rlaif_jax.stages.reward_model import load_reward_model
 from rlaif_jax.stages.rewards import load_rewards, score_replies
@@ -17,13 +18,21 @@ from rlaif_jax.stages.sft import packed, tune
 
 
 def run_best_of_n(run: Run) -> None:
-    """Reads the SFT policy and what `rl.rewards` needs; writes `best_of_n/chosen.parquet` and checkpoints."""
+    """Reads the SFT policy and what `rl.rewards` needs; writes `best_of_n/` chosen.parquet, results.json, checkpoints.
+
+    `tied_prompts/best_of_n` is the share of the prompts at which no reply was better than another.
+    """
     folder = run.folder("best_of_n")
     file = folder / "chosen.parquet"
     if not file.exists():
         write_parquet(file, _choose(run))
     (folder / "replies_start").rmtree(missing_ok=True)  # the shards of what the file now has
     chosen = read_parquet(file).to_pydict()
+    tied, prompts = sum(chosen["tied"]), len(chosen["tied"])
+    write_json(folder / "results.json", {"tied_prompts/best_of_n": wilson_ci(tied, prompts)})
+    if tied:
+        print(f"best_of_n: at {tied} of {prompts} prompts all replies have the same reward: the first is learned, "
+              "which nothing speaks for", flush=True)  # fmt: skip
     prompts = prompt_tokens(run.tokenizer(), chosen["prompt"])
     rows = packed(list(zip(prompts, chosen["tokens"], strict=True)), run.config.sft, run.order_seed("packing"))
     tune(run, "best_of_n", run.config.best_of_n, rows, run.start_params)
@@ -32,8 +41,9 @@ def run_best_of_n(run: Run) -> None:
 def _choose(run: Run) -> pa.Table:
     """Samples n replies a prompt, scores them, and keeps the best of each.
 
-    Columns: prompt, response, tokens (with end of sequence), reward, and mean_reward of the n. Prompts none of whose
-    replies has a score are left out. Raises UserError where more replies than `rl.rewards.max_unscored_rate` have none.
+    Columns: prompt, response, tokens (with end of sequence), reward, mean_reward of the n, and tied: whether all with a
+    score have the same. Prompts none of whose replies has a score are left out. Raises UserError where more of the
+    replies than `rl.rewards.max_unscored_rate` have none.
     """
     config = run.config.best_of_n
     drawn = shuffled_batches(run.data("train_prompts")["prompt"], 1, run.order_seed("best_of_n"), "best_of_n.prompts")
@@ -60,5 +70,6 @@ def _choose(run: Run) -> pa.Table:
         "response": [replies.texts[row] for row in rows],
         "tokens": [tokens[row][mask[row]].tolist() for row in rows],
         "reward": known.max(axis=1)[kept],
+        "tied": (known.max(axis=1) == np.where(scored, scores, np.inf).min(axis=1))[kept],
         "mean_reward": np.nanmean(np.where(scored, scores, np.nan)[kept], axis=1),
     })  # fmt: skip

@@ -7,8 +7,8 @@ from etils import epath
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_json
 
-# The last one's figures count where names are the same.
-_WITH_RESULTS = ("critique", "reward_model", "eval", "overoptimisation", "rounds")
+# The last one's figures count where names are the same: those of eval, where rounds were added since `rounds` ran.
+_WITH_RESULTS = ("critique", "reward_model", "best_of_n", "rounds", "eval", "overoptimisation")
 _ONCE = ("sft", "critique", "sl_cai", "overoptimisation", "rounds")  # stages that all rounds share
 
 
@@ -48,9 +48,37 @@ def stage_folder(workdir: epath.Path, stage: str) -> epath.Path:
     return cell_stages(workdir).get(stage, workdir / stage)
 
 
+def record_file(workdir: epath.Path) -> epath.Path:
+    """The config.json of a run or of a sweep's cell. Raises UserError for a folder that is neither."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{file} is missing: {workdir} is no folder of rlaif_jax.main")
+    return file
+
+
+def last_round(folder_of: Callable[[str], epath.Path], stage: str, file: str) -> int:
+    """The last round in which a stage has written a file; 1 where none has.
+
+    folder_of: where the stage of a name, as of `name_in_round`, keeps its files.
+    """
+    number = 1
+    while (folder_of(name_in_round(stage, number + 1)) / file).exists():
+        number += 1
+    return number
+
+
+def evaluated_round(folder_of: Callable[[str], epath.Path]) -> int:
+    """The last round that has been evaluated: that of the figures of `read_results`."""
+    return last_round(folder_of, "eval", "results.json")
+
+
 def read_results(folder_of: Callable[[str], epath.Path]) -> dict:
-    """The figures of all stages that write `results.json`. Raises UserError where none has."""
-    files = [folder_of(stage) / "results.json" for stage in _WITH_RESULTS]
+    """The figures of all stages that write `results.json`, all of one round: `evaluated_round`.
+
+    Raises UserError where no stage has written any.
+    """
+    number = evaluated_round(folder_of)
+    files = [folder_of(name_in_round(stage, number)) / "results.json" for stage in _WITH_RESULTS]
     found = {file: read_json(file) for file in files if file.exists()}
     if not found:
         raise UserError(f"{folder_of('eval') / 'results.json'} is missing: run the eval stage first")

@@ -4,6 +4,7 @@ And the gold reward, of a judge, a verifier or the reward model of another run, 
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from rlaif_jax.config import ScorersConfig
 from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.judge.score import Judge, JudgeConfig, load_judge, rate
-from rlaif_jax.stages.folders import stage_folder
+from rlaif_jax.stages.folders import last_round, name_in_round, stage_folder
 from rlaif_jax.stages.replies import Replies
 from rlaif_jax.stages.reward_model import load_reward_model, score
 from rlaif_jax.stages.run import Run, reopen_run
@@ -154,8 +155,12 @@ def load_gold(run: Run) -> Gold:
 
 
 def normalisation_file(workdir: str) -> epath.Path:
-    """What says that the reward model of another run is trained. Raises UserError where it is not."""
-    file = stage_folder(epath.Path(workdir), "reward_model") / "normalisation.json"
+    """What says that the reward model of another run is trained, of its last round that has one.
+
+    Raises UserError where there is none.
+    """
+    name = name_in_round("reward_model", _last_trained(epath.Path(workdir)))
+    file = stage_folder(epath.Path(workdir), name) / "normalisation.json"
     if not file.exists():
         raise UserError(
             f"config.rl.gold.reward_model_run={workdir}: {file} is missing: run its stage reward_model first"
@@ -163,13 +168,18 @@ def normalisation_file(workdir: str) -> epath.Path:
     return file
 
 
+def _last_trained(workdir: epath.Path) -> int:
+    return last_round(functools.partial(stage_folder, workdir), "reward_model", "normalisation.json")
+
+
 def _other_reward_model(run: Run) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
     """What scores texts by the reward model of `rl.gold.reward_model_run`: [n] each, through that run's tokenizer.
 
     Of a response that is too long for that model, what fits is scored. Raises UserError for a prompt that is.
     """
-    normalisation_file(run.config.rl.gold.reward_model_run)
-    other = reopen_run(epath.Path(run.config.rl.gold.reward_model_run), run.placement.mesh)
+    folder = epath.Path(run.config.rl.gold.reward_model_run)
+    normalisation_file(str(folder))
+    other = reopen_run(folder, run.placement.mesh).in_round(_last_trained(folder))
     model, tokenizer, policy = load_reward_model(other), other.tokenizer(), other.config.policy
 
     def scored(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:

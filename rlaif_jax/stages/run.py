@@ -28,7 +28,7 @@ from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import make_mesh
-from rlaif_jax.stages.folders import cell_stages, name_in_round
+from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 from rlaif_jax.training.checkpoints import restore_params
 from rlaif_jax.training.reward_models import side_by_side
 
@@ -143,6 +143,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     with blame("mesh"):
         mesh = make_mesh(config.mesh)
     check(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    _check_gold(config, workdir)
     run = Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
     with blame("policy.weights"):
         policy = run.model_config()
@@ -156,9 +157,12 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
             shape = policy if weights == POLICY else gguf.model_config(gguf.open_gguf(weights))
         if shape.max_position_embeddings < max_length:
             longest = "judge" if name == "rl.gold.judge" else name
+            own = weights == POLICY and not config.policy.weights
+            grow = ", or raise config.policy.model.max_position_embeddings" if own else ""
             raise UserError(
                 f"config.{longest}.max_length={max_length} is more than the {shape.max_position_embeddings} tokens "
-                f"that {weights} can read"
+                f"(max_position_embeddings) that {weights} can read: lower it, or config.judge.max_length where it "
+                f"follows that{grow}"
             )
         models[name] = LanguageModel(shape)
     if "critique" in config.stages and config.critique.weights:
@@ -170,14 +174,21 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     return run
 
 
+def _check_gold(config: Config, workdir: epath.Path) -> None:
+    gold = config.rl.gold
+    if gold.reward_model and epath.Path(gold.reward_model_run).resolve() == workdir.resolve():
+        raise UserError(
+            f"config.rl.gold.reward_model_run={gold.reward_model_run} is this run itself, so gold would be the proxy "
+            "that it is held against: name the folder of another run"
+        )
+
+
 def reopen_run(workdir: epath.Path, mesh: Mesh) -> Run:
     """The run, or the cell of a sweep, that has been made in a folder, for another one to read from; on its mesh.
 
     Raises UserError where there is none, or one of another version.
     """
-    file = workdir / "config.json"
-    if not file.exists():
-        raise UserError(f"{file} is missing: {workdir} is no folder of rlaif_jax.main")
+    file = record_file(workdir)
     try:
         config = parse(nested(read_json(file)["config"]))
     except UserError as error:

@@ -14,7 +14,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.overoptimisation import best_of_n
 from rlaif_jax.main import main
 from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
-from rlaif_jax.stages import overoptimisation, replies, values
+from rlaif_jax.stages import overoptimisation, replies, rewards, values
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.reward_model import load_reward_model, score_texts
 from rlaif_jax.stages.rewards import load_gold, load_rewards
@@ -258,6 +258,30 @@ def test_what_can_not_be_measured_is_one_clear_line_before_any_work(judge, tmp_p
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
     assert len(error) == 1 and all(word in error[0] for word in said), error
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_the_gold_of_a_run_with_rounds_is_its_last_reward_model(tmp_path, monkeypatch):
+    for name in ("reward_model", "round2/reward_model"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        (tmp_path / "other" / name / "normalisation.json").write_text("{}")
+    assert rewards.normalisation_file(str(tmp_path / "other")).parent == tmp_path / "other" / "round2" / "reward_model"
+    gold = {"rl.gold.reward_model": 1.0, "rl.gold.reward_model_run": str(tmp_path / "other")}
+    run = Run(override(quickstart_config(), gold), epath.Path(tmp_path / "run"), one_device())
+
+    def loaded(other):
+        raise UserError(f"of round {other.round}")
+
+    monkeypatch.setattr(rewards, "reopen_run", lambda folder, mesh: Run(run.config, folder, run.placement))
+    monkeypatch.setattr(rewards, "load_reward_model", loaded)
+    with pytest.raises(UserError, match="of round 2"):
+        load_gold(run)
+
+
+def test_a_run_is_not_its_own_gold(judge, tmp_path, capfd):
+    gold = ["rl.gold.reward_model=1.0", f"rl.gold.reward_model_run={tmp_path}/../{tmp_path.name}"]
+    flags = [*tiny_run_flags(judge, tmp_path), *FLAGS, *(f"--config.{option}" for option in gold)]
+    assert main(["main", *flags]) == 2
+    assert "is this run itself" in capfd.readouterr().err and not (tmp_path / "sft").exists()
 
 
 @pytest.mark.slow

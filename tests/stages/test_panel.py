@@ -277,6 +277,10 @@ BAD = {
         ["--config=configs/quickstart.py", "--config.panel.disagreement=weight"],
         "panel.disagreement=weight needs judges in panel.judges",
     ),
+    "nobody to combine": (
+        ["--config=configs/quickstart.py", "--config.panel.combine=majority"],
+        "panel.combine=majority needs judges in panel.judges",
+    ),
     "no such rule": (["--config.panel.combine=median"], "panel.combine='median' must be one of mean"),
     "a limit that no variance reaches": (["--config.panel.max_disagreement=0.3"], "from 0 to 0.25"),
     "an order that ratings have not": (["--config.preferences.order=forward"], "judges.rating.prompt.method=rating"),

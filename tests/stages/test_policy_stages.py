@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 
+from rlaif_jax.config import override
 from rlaif_jax.judge import score
 from rlaif_jax.main import main
 from rlaif_jax.stages import best_of_n, preference
 from rlaif_jax.stages import run as runs
-from tests.helpers import one_device_mesh
+from tests.helpers import one_device, one_device_mesh, quickstart_config, random_sequences
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 STEPS = {
@@ -154,6 +157,27 @@ def test_replies_of_another_config_are_never_taken_for_those_of_this_one(judge, 
     other = ("--config.best_of_n.sampling.temperature=0.5", "--stages=best_of_n")
     assert main(begun(judge, labelled, tmp_path / "run", *BEST, *other)) == 2
     assert "best_of_n.sampling.temperature=0.5 (was 1.0)" in capfd.readouterr().err
+
+
+def test_prompts_at_which_no_reply_is_the_best_are_counted_and_said(tmp_path, monkeypatch, capfd):
+    changes = {"best_of_n.prompts": 3, "best_of_n.samples": 2, "rl.rewards.max_unscored_rate": 0.5}
+    config = override(quickstart_config(), changes | {"rl.rewards.reward_model": 0.0, "rl.rewards.verifier": 1.0})
+    run = runs.Run(config, epath.Path(tmp_path), one_device())
+    for name, value in {"data": {"prompt": ["a", "b", "c"]}, "start_params": None, "tokenizer": None}.items():
+        monkeypatch.setattr(runs.Run, name, lambda *_, value=value: value)
+    made = {
+        "keep_replies": SimpleNamespace(texts=list("uvwxyz"), sequences=random_sequences(0, 6)),
+        "score_replies": np.array([1.0, 1.0, np.nan, 2.0, 0.0, 1.0]),
+        **dict.fromkeys(("load_rewards", "tune", "packed")),
+        "prompt_tokens": [[1]] * 3,
+    }
+    for name, value in made.items():
+        monkeypatch.setattr(best_of_n, name, lambda *_, value=value: value)
+    best_of_n.run_best_of_n(run)
+    assert pq.read_table(tmp_path / "best_of_n" / "chosen.parquet")["tied"].to_pylist() == [True, True, False]
+    found = json.loads((tmp_path / "best_of_n" / "results.json").read_text())["tied_prompts/best_of_n"]
+    assert (found["mean"], found["n"]) == (2 / 3, 3)
+    assert capfd.readouterr().out.count("at 2 of 3 prompts all replies have the same reward") == 1
 
 
 @pytest.mark.slow

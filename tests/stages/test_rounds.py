@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from rlaif_jax import rounds
-from rlaif_jax.config import override
+from rlaif_jax import audit, export, rounds
+from rlaif_jax.config import nested, override, parse
 from rlaif_jax.main import main
 from rlaif_jax.models.parameters import parameters_hash
 from rlaif_jax.reporting.rounds import series, table
@@ -18,7 +18,8 @@ from rlaif_jax.stages import panel
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.folders import all_stages, in_round, name_in_round
 from rlaif_jax.stages.rounds import run_rounds
-from tests.helpers import one_device_mesh
+from rlaif_jax.summary import print_summary
+from tests.helpers import one_device, one_device_mesh
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 STAGES = ("sft", "label", "preference", "eval")
@@ -162,6 +163,54 @@ def test_one_judge_is_no_proxy_beside_itself(copied):
     run_rounds(dataclasses.replace(run, config=override(run.config, {"panel.judges": {}})))
     found = series(json.loads((copied / "rounds" / "results.json").read_text()))
     assert "win_rate" in found and not {"proxy_win_rate", "judge_agreement"} & set(found)
+
+
+def test_labels_of_any_round_are_exported_audited_and_judged_by_workers(finished, judge, tmp_path, capfd, monkeypatch):
+    flags = [f"--workdir={finished}", f"--out={tmp_path / 'set'}"]
+    assert export.main(["export", *flags, "--stage=round2/label"]) == 0
+    exported = pq.read_table(tmp_path / "set" / "data" / "train.parquet")
+    assert set(exported["judge"].to_pylist()) <= {"panel: self"}
+    second = pq.read_table(finished / "round2" / "label" / "preferences.parquet")
+    assert set(exported["hash_forward"].to_pylist()) <= set(second["hash_forward"].to_pylist())
+    assert export.main(["export", *flags, "--stage=round3/label"]) == 2
+    assert "run --stages=round3/label first" in capfd.readouterr().err
+    audited = [f"--workdir={finished}", f"--out={tmp_path}", "--resamples=20"]
+    assert audit.main(["audit", *audited]) == 0 == audit.main(["audit", *audited, "--round=2"])
+    assert capfd.readouterr().out.count("round 1 of 2 that have labels; --round=K audits another") == 1
+    assert "round2/label/preferences.parquet" in (tmp_path / "preferences.audit.html").read_text()
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    assert main(flags_of(judge, finished, "--stages=round2/label", "--worker=0/2")) == 0
+    assert "round2/label: nothing to do" in capfd.readouterr().out
+    assert main(flags_of(judge, finished, "--stages=round2/eval", "--worker=0/2")) == 2
+    assert "--worker is for one stage alone: --stages=label or round2/label" in capfd.readouterr().err
+
+
+def test_a_round_that_there_is_not_is_named(finished, judge, capfd):
+    assert main(flags_of(judge, finished, "--replay=self/0", "--round=3")) == 2
+    assert "--round=3: the config has 2 rounds" in capfd.readouterr().err
+
+
+def test_the_last_table_says_of_which_round_it_is(finished, capsys):
+    config = parse(nested(json.loads((finished / "config.json").read_text())["config"]))
+    print_summary(runs.Run(config, epath.Path(finished), one_device(), round=2))
+    assert "run, round 2 of 2: mean" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["rl.gold.judge_weights=policy", "rl.gold.judge=1"], "config.rl.gold.judge_weights='policy': gold must not"),
+        (
+            ["stages=('sft','preference','eval')", "preference.online=True"],
+            "live policy has new pairs",
+        ),
+        (["stages=('sft','rl','eval')"], "which needs the stage label in config.stages"),
+        (["policy.model.max_position_embeddings=256"], "raise config.policy.model.max_position_embeddings"),
+    ],
+)
+def test_what_does_not_go_with_rounds_is_said_with_its_reason(judge, tmp_path, capfd, options, words):
+    assert main(flags_of(judge, tmp_path, *(f"--config.{option}" for option in options))) == 2
+    assert words in capfd.readouterr().err
 
 
 def test_what_evaluates_is_not_the_policy(judge, tmp_path, capfd):
