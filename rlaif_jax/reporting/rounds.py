@@ -57,7 +57,7 @@ def draw_rounds(runs: Mapping[str, Mapping[str, object]]) -> str:
         for axes, name in zip(panels, names, strict=False):
             for i, (run, each) in enumerate(found.items()):
                 if name in each:
-                    _line(axes, each[name], run, 0.06 * (i - (len(found) - 1) / 2))
+                    _line(axes, each[name], run, f"C{i}", 0.06 * (i - (len(found) - 1) / 2))
             if name in _CHANCE:
                 axes.axhline(_CHANCE[name], color="grey", linewidth=0.8, linestyle="--")
             axes.set_title(_TITLES[name], fontsize=8)
@@ -71,7 +71,7 @@ def draw_rounds(runs: Mapping[str, Mapping[str, object]]) -> str:
     return file.getvalue()
 
 
-def _line(axes, figures: Mapping[int, Figure], label: str, shift: float) -> None:
+def _line(axes, figures: Mapping[int, Figure], label: str, color: str, shift: float) -> None:
     rounds = np.arange(min(figures), max(figures) + 1)
     nothing = {"mean": np.nan, "ci95": (np.nan, np.nan)}
     found = [figures.get(number, nothing) for number in rounds]
@@ -79,7 +79,7 @@ def _line(axes, figures: Mapping[int, Figure], label: str, shift: float) -> None
     intervals = np.array([figure["ci95"] for figure in found], float).T  # NaN of a single seed
     errors = np.nan_to_num(np.abs(intervals - means))
     axes.errorbar(rounds + shift, means, errors, marker="o", markersize=3.5, linewidth=1.2,
-                  elinewidth=0.8, label=label)  # fmt: skip
+                  elinewidth=0.8, label=label, color=color)  # fmt: skip
 
 
 def table(runs: Mapping[str, Mapping[str, object]]) -> str:

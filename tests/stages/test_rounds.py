@@ -13,7 +13,7 @@ from rlaif_jax import audit, export, rounds
 from rlaif_jax.config import nested, override, parse
 from rlaif_jax.main import main
 from rlaif_jax.models.parameters import parameters_hash
-from rlaif_jax.reporting.rounds import series, table
+from rlaif_jax.reporting.rounds import draw_rounds, series, table
 from rlaif_jax.stages import panel
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.folders import all_stages, in_round, name_in_round
@@ -94,6 +94,14 @@ def test_the_figures_are_by_round(finished, capsys):
     assert (finished / "figure.svg").read_text().startswith("<?xml")
     page = (finished / "report.html").read_text()
     assert "round 2 of 2" in page and "data:image/svg+xml" in page
+
+
+def test_a_run_has_one_colour_in_all_charts():
+    whole = {f"{name}/round1": {"mean": 0.5, "ci95": (0.4, 0.6), "n": 9} for name in ("win_rate", "proxy_win_rate")}
+    alone = draw_rounds({"first": {}, "second": whole})
+    beside = draw_rounds({"first": {"win_rate/round1": whole["win_rate/round1"]}, "second": whole})
+    assert alone.count("#ff7f0e") > 0 == alone.count("#1f77b4")
+    assert beside.count("#ff7f0e") >= alone.count("#ff7f0e") and beside.count("#1f77b4") > 0
 
 
 def test_entropy_is_the_surprise_of_a_token(finished):
