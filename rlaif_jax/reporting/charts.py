@@ -107,7 +107,7 @@ def _moving_average(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def reward_against_kl(kl: Sequence[float], reward: Sequence[float]) -> Markup:
-    """Mean reward over the square root of the KL from SFT, from the first step (hollow) to the last (filled).
+    """Mean reward over the square root of the KL from RL's start, from the first step (hollow) to the last (filled).
 
     (Gao et al., arXiv 2210.10760: reward models and gold rewards are simple functions of that root.)
     """
@@ -120,7 +120,7 @@ def reward_against_kl(kl: Sequence[float], reward: Sequence[float]) -> Markup:
         axes.plot(x[1:-1], y[1:-1], "o", color=ACCENT, markersize=3, alpha=0.7, markeredgewidth=0)
         axes.plot(x[:1], y[:1], "o", color=ACCENT, markersize=6, fillstyle="none")
         axes.plot(x[-1:], y[-1:], "o", color=ACCENT, markersize=6)
-        axes.set_xlabel("square root of KL from SFT (nats a reply)")
+        axes.set_xlabel("square root of KL from RL's start (nats a reply)")
         axes.set_ylabel("reward")
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
 
@@ -155,7 +155,7 @@ def overoptimisation(
                 axes.plot(curve_distances, curves[reward], color=colour)
         if peak is not None:
             axes.axvline(peak, color=SECOND, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_xlabel("square root of KL from SFT (nats a reply)")
+        axes.set_xlabel("square root of KL from RL's start (nats a reply)")
         axes.set_ylabel("gain over SFT")
         axes.legend(frameon=False, labelcolor=MUTED)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
@@ -163,6 +163,10 @@ def overoptimisation(
     last = {reward: points[reward][-1]["mean"] for reward in points}
     described = ", ".join(f"{reward} gains {gain:.3g}" for reward, gain in last.items())
     return _chart(draw, name, f"{name}: at the last of {len(distances)} points {described}", (3.8, 2.8))
+
+
+# Where the names of points stand: of neighbours, which may be close to each other, in different corners.
+_CORNERS = (((5, 5), "left"), ((-5, -11), "right"), ((5, -11), "left"), ((-5, 5), "right"))
 
 
 def frontier(name: str, points: Sequence[Point]) -> Markup:
@@ -173,7 +177,8 @@ def frontier(name: str, points: Sequence[Point]) -> Markup:
         for i, point in enumerate(points):
             spread = [np.abs(np.array(figure["ci95"])[:, None] - figure["mean"]) for figure in point[1:]]
             axes.errorbar(x[i], y[i], yerr=spread[1], xerr=spread[0], fmt="none", ecolor=ACCENT, elinewidth=0.7)
-            axes.annotate(point.name, (x[i], y[i]), (5, 5), textcoords="offset points", color=INK, fontsize=8)
+            offset, side = _CORNERS[i % len(_CORNERS)]
+            axes.annotate(point.name, (x[i], y[i]), offset, textcoords="offset points", ha=side, color=INK, fontsize=8)
         axes.plot(x, y, color=ACCENT, alpha=0.35, linewidth=0.8)
         axes.plot(x[1:], y[1:], "o", color=ACCENT, markersize=5)
         axes.plot(x[:1], y[:1], "o", color=ACCENT, markersize=6, fillstyle="none")
