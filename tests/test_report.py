@@ -380,7 +380,7 @@ def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path)
     ):
         assert words in text, words
     assert "critique_" not in text and "/revision_1" not in text
-    assert re.search(r"SL-CAI\s*0.550[^\n]*\s*80[^\n]*[^R]*RL, iteration 8\s*0.600 \[0.500, 0.700\]", text)
+    assert re.search(r"RL, iteration 8\s*0.600 \[0.500, 0.700\]\s*80\s*0.600 \[0.500, 0.700\]\s*16", text)
     assert "rl@8" not in text  # a point of the frontier alone
     assert re.search(r"Round\s*Failed\s*Changed\s*n\s*1\s*25% \[10, 90\]\s*50% \[10, 90\]\s*24", text)
     assert re.search(r"kind\s*31% \[10, 90\]\s*62% \[10, 90\]\s*48\s*idle\s*-\s*-\s*0", text)

@@ -115,7 +115,7 @@ class Run:
         return run.trained_params(stage, self.language_model())
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0):
-        """The parameters at the end of a stage, never those before. Raises UserError where they are not there.
+        """The parameters at the end of a stage, never those before unless asked for; UserError where there are none.
 
         members: of models that were trained side by side, each leaf [members, ...]; 0 for one without that axis.
         iteration: of RL, after how many of its iterations, of those that it keeps; 0 for its end.
