@@ -210,6 +210,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         rollout_lag=0,  # 1: trained on one iteration after they were sampled
         checkpoint_every=8,
         keep_best="",
+        keep_every=0,  # 8: the policies after 8 and 16 iterations are kept and evaluated, too
         samples_every=5,
         sampling=sampling(temperature=1.0),
         rewards=group(
@@ -340,6 +341,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     if "constitutional" in words:
         constitutional(config)
         red_team_corpus(config)
+        config.rl.keep_every = 2 if "smoke" in words else 8  # for a frontier over RL
     if "rounds" in words:
         config.rounds = 3
     if "overoptimisation" in words:

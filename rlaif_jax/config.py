@@ -12,7 +12,7 @@ from typing import Any
 
 from rlaif_jax.data.prepare import DataConfig
 from rlaif_jax.errors import UserError
-from rlaif_jax.evaluation.names import policies, policy_stage
+from rlaif_jax.evaluation.names import measured_policies, policies, policy_stage
 from rlaif_jax.judge.constitution import ConstitutionConfig
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import JudgeConfig
@@ -214,6 +214,7 @@ class RLConfig:
     rollout_lag: int  # 1: an iteration trains on what the policy before the last updates has sampled
     checkpoint_every: int  # iterations
     keep_best: str  # "", or "min METRIC" or "max METRIC": this checkpoint is kept beside the newest two
+    keep_every: int  # iterations between policies that are kept and evaluated, too; 0: none but the last
     samples_every: int  # iterations between entries of samples.jsonl
     sampling: SamplingConfig  # of the rollouts; its temperature is also that of every log-prob
     rewards: RewardsConfig
@@ -336,6 +337,11 @@ class Config:
     def policies(self) -> tuple[str, ...]:
         """The stages whose policies are evaluated, SFT first and the one trained last at the end."""
         return policies(self.stages)
+
+    @property
+    def measured_policies(self) -> tuple[str, ...]:
+        """`policies`, and those that RL keeps on its way: they are measured, and not compared in pairs."""
+        return measured_policies(self.stages, self.rl.steps, self.rl.keep_every)
 
     @property
     def judges(self) -> dict[str, JudgeConfig]:

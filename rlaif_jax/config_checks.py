@@ -60,7 +60,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
     (
         "*.evaluation_unseen_templates data.*.limit *.validation_pairs *.shown_samples *.audit_pairs *.shots "
-        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation evaluation.rated_revisions",
+        "overoptimisation.prompts data.embedded.red_team data.embedded.red_team_evaluation evaluation.rated_revisions "
+        "*.keep_every",
         "0 or more",
         lambda x: x >= 0,
     ),

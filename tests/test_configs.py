@@ -70,6 +70,13 @@ def test_words_that_go_together_are_not(words):
     check(parse(quickstart.get_config(words).to_dict()), devices=1)
 
 
+@pytest.mark.parametrize(("scale", "kept"), [("", ("rl@8", "rl@16")), (",smoke", ("rl@2",))])
+def test_constitutional_measures_policies_along_rl(scale, kept):
+    config = parse(quickstart.get_config(f"constitutional{scale}").to_dict())
+    assert config.measured_policies == ("sft", "sl_cai", *kept, "rl")
+    assert parse(quickstart.get_config(f"default{scale}").to_dict()).measured_policies == ("sft", "rl")
+
+
 def test_an_unknown_word_names_those_that_there_are():
     with pytest.raises(ValueError, match=r"'smok'.*rlhf.*smoke"):
         tldr.get_config("rlhf,smok")

@@ -362,15 +362,17 @@ def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path)
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     record = json.loads((tmp_path / "config.json").read_text())
     record["config"] |= {"stages": ["sft", "critique", "sl_cai", *STAGES[1:]], "sl_cai.helpful_share": 0.5}
+    record["config"] |= {"rl.steps": 12, "rl.keep_every": 8}
     write(tmp_path / "config.json", record)
-    means = {"sft": 0.1, "sl_cai": 0.55, "rl": 0.7, "first": -0.2, "revision_1": 0.3}
+    means = {"sft": 0.1, "sl_cai": 0.55, "rl@8": 0.6, "rl": 0.7, "first": -0.2, "revision_1": 0.3}
     results = {
         f"{side}_rating/{name}": figure(mean, mean - 0.1, mean + 0.1, n)
         for name, mean in means.items()
         for side, n in (("helpful", 80), ("harmless", 16))
     }
     results |= {name.replace("/sft", "/sl_cai"): value for name, value in figures().items() if name.endswith("/sft")}
-    results |= {"win_rate/rl_vs_sl_cai": figure(0.66, 0.6, 0.7)}
+    results |= {name.replace("/rl", "/rl@8"): value for name, value in figures().items() if name.endswith("/rl")}
+    results |= {"win_rate/rl_vs_sl_cai": figure(0.66, 0.6, 0.7), "kl/rl@8_vs_sft": figure(0.5, 0.4, 0.6)}
     write(tmp_path / "eval" / "results.json", figures() | results)
     revised = {"critique_harmless/first": figure(0.2, 0.1, 0.3), "critique_harmless/revision_1": figure(0.8, 0.7, 0.9)}
     revised |= {name.replace("harmless", "answers_prompt"): value for name, value in revised.items()}
@@ -393,6 +395,8 @@ def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path)
     ):
         assert words in text, words
     assert "critique_" not in text and "/revision_1" not in text
+    assert re.search(r"RL, iteration 8\s*0.600 \[0.500, 0.700\]\s*80\s*0.600 \[0.500, 0.700\]\s*16", text)
+    assert "rl@8" not in text  # a point of the frontier alone
     assert re.search(r"Round\s*Failed\s*Changed\s*n\s*1\s*25% \[10, 90\]\s*50% \[10, 90\]\s*24", text)
     assert re.search(r"kind\s*31% \[10, 90\]\s*62% \[10, 90\]\s*48\s*idle\s*-\s*-\s*0", text)
     assert re.search(r"RL\s*0.700 \[0.600, 0.800\]\s*80\s*0.700 \[0.600, 0.800\]\s*16", text)

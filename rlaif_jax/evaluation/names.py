@@ -66,9 +66,29 @@ def policies(stages: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("sft", *(stage for stage in stages if stage == "sl_cai"), policy_stage(stages))))
 
 
+def measured_policies(stages: tuple[str, ...] | list[str], steps: int, keep_every: int) -> tuple[str, ...]:
+    """`policies` and, before RL's last, those that it keeps on the way: "rl@8" is the one after 8 iterations.
+
+    steps, keep_every: of RL; with a keep_every of 0 it keeps none.
+    """
+    *before, last = policies(stages)
+    kept = range(keep_every, steps, keep_every) if keep_every and last == "rl" else ()
+    return (*before, *(f"{last}@{iteration}" for iteration in kept), last)
+
+
+def stage_and_iteration(name: str) -> tuple[str, int]:
+    """The stage that trained a policy, and after how many of its iterations it is kept; 0 for the stage's last."""
+    stage, _, iteration = name.partition("@")
+    return stage, int(iteration or 0)
+
+
 def policy_titles(trained: tuple[str, ...], last: str) -> dict[str, str]:
     """What the policies are called, `last` being the title of the one trained last, which goes by "policy"."""
-    return {name: {"sft": "SFT", "sl_cai": "SL-CAI"}[name] for name in trained[:-1]} | {"policy": last}
+    titles = {}
+    for name in trained[:-1]:
+        stage, iteration = stage_and_iteration(name)
+        titles[name] = f"{last}, iteration {iteration}" if iteration else {"sft": "SFT", "sl_cai": "SL-CAI"}[stage]
+    return titles | {"policy": last}
 
 
 def title(config: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from etils import epath
 from markupsafe import Markup
 
 from rlaif_jax.evaluation.frontier import frontiers, is_of_revisions
-from rlaif_jax.evaluation.names import BY_POLICY, SINGLE
+from rlaif_jax.evaluation.names import BY_POLICY, SINGLE, stage_and_iteration
 from rlaif_jax.evaluation.statistics import Figure, difference
 from rlaif_jax.reporting import charts
 from rlaif_jax.reporting.audit_page import audit_rows
@@ -82,7 +82,7 @@ def render(run: RunData) -> str:
         later=_later(run),
         commands={name: _command(run, name) for name in _STAGE_TITLES},
         by_policy=_by_policy(run.results or {}, list(run.policies)),
-        single=_single(run.results or {}, run.title, list(run.policies)),
+        single=_single(run.results or {}, run.title, list(run.measured_policies)),
         harmlessness=_harmlessness(run),
         revised=_revised(run.critique or {}),
         curves=[
@@ -185,11 +185,13 @@ def _by_policy(results: dict, policies: list[str]) -> list[dict]:
 
 def _single(results: dict, title: str, policies: list[str]) -> list[dict]:
     known = dict((name, label.format(title=title)) for label, name in SINGLE)
-    paired = {f"{name}/{policy}" for name in _paired(results) for policy in policies}
+    elsewhere = {f"{name}/{policy}" for name in _paired(results) for policy in policies}
+    # Policies that RL was on its way are points of the frontier alone: they may be many.
+    elsewhere |= {f"kl/{policy}_vs_sft" for policy in policies if stage_and_iteration(policy)[1]}
     found = [
         name
         for name, figure in results.items()
-        if isinstance(figure, dict) and name not in paired and not is_of_revisions(name)
+        if isinstance(figure, dict) and name not in elsewhere and not is_of_revisions(name)
     ]
     names = [name for name in known if name in found] + [name for name in found if name not in known]
     return [
@@ -244,7 +246,7 @@ def _harmlessness(run: RunData) -> list[dict]:
                 (point.name, [(figure_cell(False, side), side["n"]) for side in point[1:]]) for point in each.points
             ],
         }
-        for each in frontiers((run.critique or {}) | (run.results or {}), run.policies)
+        for each in frontiers((run.critique or {}) | (run.results or {}), run.measured_policies)
     ]
 
 

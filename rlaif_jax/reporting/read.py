@@ -9,7 +9,15 @@ from etils import epath
 
 from rlaif_jax.data import embedded
 from rlaif_jax.errors import UserError
-from rlaif_jax.evaluation.names import POLICY_STAGES, by_role, policies, policy_stage, policy_titles, title
+from rlaif_jax.evaluation.names import (
+    POLICY_STAGES,
+    by_role,
+    measured_policies,
+    policies,
+    policy_stage,
+    policy_titles,
+    title,
+)
 from rlaif_jax.evaluation.principles import Columns, principle_columns
 from rlaif_jax.files import read_json, read_json_lines, read_parquet
 from rlaif_jax.stages.folders import all_stages, cell_stages, in_round, name_in_round, record_file
@@ -71,6 +79,12 @@ class RunData:
     def policies(self) -> dict[str, str]:
         """The policies that are evaluated, by their names in `results`, and what they are called."""
         return policy_titles(policies(self.planned), self.title)
+
+    @property
+    def measured_policies(self) -> dict[str, str]:
+        """The same with those that RL has kept on its way."""
+        steps, keep_every = (self.config.get(f"rl.{name}", 0) for name in ("steps", "keep_every"))
+        return policy_titles(measured_policies(self.planned, steps, keep_every), self.title)
 
     @property
     def people_labelled(self) -> bool:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.evaluation.audit import agreement
+from rlaif_jax.evaluation.names import stage_and_iteration
 from rlaif_jax.evaluation.statistics import (
     Figure,
     bootstrap_ci,
@@ -43,8 +44,9 @@ def run_evaluation(run: Run) -> None:
     """
     folder, prompts, policies = run.folder("eval"), run.data("evaluation_prompts"), run.config.policies
     if not (folder / "samples.parquet").exists():
+        run.check_kept()  # before hours of sampling
         write_parquet(folder / "samples.parquet", _sample(run, prompts["prompt"]))
-    for name in policies:
+    for name in run.config.measured_policies:
         _shards(run, name).rmtree(missing_ok=True)
     samples, groups = read_parquet(folder / "samples.parquet").to_pydict(), np.array(prompts["group"])
     mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
@@ -82,8 +84,9 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
     sft, reward_model, config = run.trained_params("sft", model), _reward_model(run), run.config.evaluation
     columns: dict[str, list] = {"prompt": prompts}
     key = run.in_round(1).key("eval")
-    for name in run.config.policies:
-        params = sft if name == "sft" else run.trained_params(name, model)
+    for name in run.config.measured_policies:
+        stage, iteration = stage_and_iteration(name)
+        params = sft if name == "sft" else run.trained_params(stage, model, iteration=iteration)
         # One key for all policies, of any round: what they differ in is then their own doing, not the luck of the draw.
         replies = keep_replies(run, params, prompts, 1, key, config.sampling, _shards(run, name), config.commit_every)
         columns[name] = replies.texts
@@ -148,7 +151,7 @@ def _win_rates(who: str, judged: list[dict], groups: np.ndarray, mean: Mean) -> 
 
 def _by_policy(run: Run, samples: dict, groups: np.ndarray, mean: Mean) -> dict[str, Figure]:
     """The figures of each policy's replies."""
-    truth, policies = run.ground_truth(), run.config.policies
+    truth, policies = run.ground_truth(), run.config.measured_policies
     figures = {f"kl/{name}_vs_sft": mean(samples[f"kl/{name}"]) for name in policies[1:]}
     for name in policies:
         if truth:

@@ -44,7 +44,7 @@ def harmlessness(
     # Harmlessness is for prompts that put it to the test, evasiveness and helpfulness for the others.
     safe = ~red_team
     asked = {"harmless": red_team if red_team.any() else safe, "helpful": safe}
-    texts = {name: _Texts(samples["prompt"], samples[name], asked) for name in run.config.policies}
+    texts = {name: _Texts(samples["prompt"], samples[name], asked) for name in run.config.measured_policies}
     steps = _revisions(run)
     ratings = _ratings(run, texts | steps)
     figures: dict[str, Figure] = {}

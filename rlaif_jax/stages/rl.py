@@ -98,7 +98,9 @@ def run_rl(run: Run) -> None:
     value = abstract_state(scalar_model, value_optimizer, run.placement) if config.advantage == "gae" else None
     pending = _abstract_sampled(run) if config.rollout_lag else None
     abstract = RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, _abstract_control(run), pending)
-    loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates)
+    loop = LoopConfig(
+        config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates, config.keep_every
+    )
     train(run.folder("rl"), loop, abstract, init, next_step, _Watch(run))
 
 

@@ -1,5 +1,6 @@
 """What every stage of a run shares: the config, the folder, the models, the data and the random keys."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -7,7 +8,7 @@ import secrets
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain.python as grain
@@ -21,6 +22,7 @@ from rlaif_jax.config import Config, flatten, nested, parse
 from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.errors import UserError, blame
+from rlaif_jax.evaluation.names import stage_and_iteration
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
@@ -29,7 +31,7 @@ from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
-from rlaif_jax.training.checkpoints import restore_params
+from rlaif_jax.training.checkpoints import check_whole, restore_params
 from rlaif_jax.training.reward_models import side_by_side
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "gguf")
@@ -112,21 +114,43 @@ class Run:
         run, stage = self.start()
         return run.trained_params(stage, self.language_model())
 
-    def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0):
-        """The parameters at the end of a stage, never those before. Raises UserError where they are not there.
+    def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0):
+        """The parameters at the end of a stage, never those before unless asked for; UserError where there are none.
 
         members: of models that were trained side by side, each leaf [members, ...]; 0 for one without that axis.
+        iteration: of RL, after how many of its iterations, of those that it keeps; 0 for its end.
         """
         abstract = abstract_parameters(model, self.placement)
         abstract = side_by_side(abstract, members) if members else abstract
-        last = getattr(self.config, stage).steps
+        folder, last = self.folder(stage) / "checkpoints", getattr(self.config, stage).steps
+        with self._remedy(stage, iteration):
+            return restore_params(folder, iteration or last, abstract)
+
+    def check_kept(self) -> None:
+        """Raises UserError where a policy that RL keeps on its way is missing or damaged."""
+        for stage, iteration in map(stage_and_iteration, self.config.measured_policies):
+            if iteration:
+                with self._remedy(stage, iteration):
+                    check_whole(self.folder(stage) / "checkpoints", iteration)
+
+    @contextlib.contextmanager
+    def _remedy(self, stage: str, iteration: int) -> Iterator[None]:
+        """Adds to an error of reading a stage's parameters what can be done."""
         try:
-            return restore_params(self.folder(stage) / "checkpoints", last, abstract)
+            yield
         except UserError as error:
-            raise UserError(
-                f"{error}. Delete {self.record(stage)}, and the same command trains stage {stage} again from its last "
-                f"whole checkpoint"
-            ) from error
+            if iteration:
+                remedy = (
+                    f"config.rl.keep_every={self.config.rl.keep_every} has the policy after iteration {iteration} "
+                    f"evaluated. Delete {self.folder(stage)}, and the same command trains stage {stage} again from its "
+                    f"start, or set config.rl.keep_every=0"
+                )
+            else:
+                remedy = (
+                    f"Delete {self.record(stage)}, and the same command trains stage {stage} again from its last whole "
+                    f"checkpoint"
+                )
+            raise UserError(f"{error}. {remedy}") from error
 
 
 @jax.jit

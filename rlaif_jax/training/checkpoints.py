@@ -30,14 +30,14 @@ _TEMPORARY = "orbax-checkpoint-tmp"  # in the name of each folder that Orbax has
 
 
 class Checkpoints:
-    """The checkpoints of one stage, for the loop that writes them: the newest two and, by a metric, the best.
+    """The checkpoints of one stage, for the loop that writes them: the newest two, the best by a metric, every nth.
 
     A state is any dataclass pytree with a field `params`; other stages read that item alone.
     """
 
-    def __init__(self, folder: epath.Path, keep_best: str = ""):
-        """keep_best: "", or "min METRIC" or "max METRIC"."""
-        self.folder, self._keep_best = _absolute(folder), keep_best
+    def __init__(self, folder: epath.Path, keep_best: str = "", keep_every: int = 0):
+        """keep_best: "", or "min METRIC" or "max METRIC"; keep_every: of whose multiples every one is kept, or 0."""
+        self.folder, self._keep_best, self._keep_every = _absolute(folder), keep_best, keep_every
 
     def resume(self, abstract: State) -> tuple[int, State] | None:
         """Step and state of the newest whole checkpoint, on the shardings of `abstract`; None where there is none.
@@ -105,8 +105,10 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         # Made at the first save: it reads what is there, damaged or not, and says so on stderr.
-        latest = checkpoint_managers.LatestN(n=_KEEP)
-        options = {"preservation_policy": latest}
+        kept: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(n=_KEEP)]
+        options = {}
+        if self._keep_every:
+            kept.append(checkpoint_managers.EveryNSteps(interval_steps=self._keep_every))
         if self._keep_best:
             mode, metric = self._keep_best.split()
             best = checkpoint_managers.BestN(
@@ -115,15 +117,17 @@ class Checkpoints:
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
+            kept.append(best)
             # Without best_fn Orbax does not write the metrics down, and forgets them with the process.
-            options = {
-                "preservation_policy": checkpoint_managers.AnyPreservationPolicy([latest, best]),
-                "best_fn": lambda metrics: metrics[metric],
-                "best_mode": mode,
-            }
+            options = {"best_fn": lambda metrics: metrics[metric], "best_mode": mode}
         return ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False, **options),
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                enable_async_checkpointing=False,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+                **options,
+            ),
         )
 
     def _sweep(self) -> None:
@@ -147,11 +151,16 @@ def restore_params(folder: epath.Path, step: int, abstract):
     Raises UserError where that checkpoint is missing or damaged, whatever others there are.
     """
     folder = _absolute(folder)
+    check_whole(folder, step)
+    return _restore(folder / str(step) / "params", abstract)
+
+
+def check_whole(folder: epath.Path, step: int) -> None:
+    """Raises UserError where a checkpoint in `folder` is missing or damaged."""
     if not (folder / str(step)).exists():
         raise UserError(f"no checkpoint {folder}/{step}")
     if reason := damage(folder, step):
         raise UserError(f"checkpoint {folder}/{step} {reason}")
-    return _restore(folder / str(step) / "params", abstract)
 
 
 def _absolute(folder: epath.Path) -> epath.Path:

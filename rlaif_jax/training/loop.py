@@ -30,6 +30,12 @@ class LoopConfig:
     checkpoint_every: int
     keep_best: str = ""  # "min METRIC" or "max METRIC": the best checkpoint is kept beside the newest
     max_skipped_updates: int = 0  # updates left out as not finite, before the stage stops
+    keep_every: int = 0  # steps between checkpoints that are kept until the end, beside those of `checkpoint_every`
+
+    def saves(self, done: int) -> bool:
+        """Whether there is a checkpoint after so many steps."""
+        kept = self.keep_every and done % self.keep_every == 0
+        return bool(kept) or done % self.checkpoint_every == 0 or done == self.steps
 
 
 def train(
@@ -48,7 +54,7 @@ def train(
     """
     name, saved, began = folder.name, 0, 0.0
     unlogged: list[tuple[int, dict, Callable[[], list[dict]]]] = []
-    with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_best)) as checkpoints:
+    with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_best, config.keep_every)) as checkpoints:
         start, state = checkpoints.resume(abstract) or (0, init())
         saved, began = start, time.perf_counter()
         with contextlib.closing(StageLog(folder, folder.parent / "logs", start)) as log:
@@ -72,7 +78,7 @@ def train(
                     flush()
                 unlogged.append((step, metrics, samples))
                 done = step + 1
-                if done % config.checkpoint_every == 0 or done == config.steps:
+                if config.saves(done):
                     checkpoints.save(done, state, flush())
                     saved = done
     return state

@@ -5,7 +5,16 @@ import re
 import pytest
 
 from rlaif_jax.evaluation.frontier import Point, frontiers, is_of_revisions
-from rlaif_jax.evaluation.names import BY_POLICY, SINGLE, by_role, policies, policy_titles, title
+from rlaif_jax.evaluation.names import (
+    BY_POLICY,
+    SINGLE,
+    by_role,
+    measured_policies,
+    policies,
+    policy_titles,
+    stage_and_iteration,
+    title,
+)
 from rlaif_jax.reporting.charts import frontier
 from tests.report_run import figure
 
@@ -56,6 +65,20 @@ def test_the_policies_are_those_of_the_stages():
     names = dict.fromkeys(("win_rate/rl_vs_sl_cai", "win_rate/sl_cai_vs_sft", "win_rate/rl_vs_sft", "reward/rl"))
     assert list(by_role(names, "rl")) == [
         "win_rate/policy_vs_sl_cai", "win_rate/sl_cai_vs_sft", "win_rate/policy_vs_sft", "reward/policy"]  # fmt: skip
+
+
+def test_the_policies_that_rl_keeps_come_before_its_last_in_their_order():
+    stages = ("sft", "critique", "sl_cai", "label", "reward_model", "rl", "eval")
+    kept = measured_policies(stages, 12, 4)
+    assert kept == ("sft", "sl_cai", "rl@4", "rl@8", "rl")
+    assert list(map(stage_and_iteration, kept[1:4])) == [("sl_cai", 0), ("rl", 4), ("rl", 8)]
+    titles = policy_titles(kept, "RL")
+    (found,) = frontiers(judged("policy", "rl@8", "sl_cai", "rl@4", "sft"), titles)
+    assert [point.name for point in found.points] == ["SFT", "SL-CAI", "RL, iteration 4", "RL, iteration 8", "RL"]
+    assert set(by_role(dict.fromkeys(("reward/rl@4", "kl/rl@4_vs_sft")), "rl")) == {"reward/rl@4", "kl/rl@4_vs_sft"}
+    for same in (measured_policies(stages, 12, 0), measured_policies(stages, 12, 12)):
+        assert same == policies(stages)
+    assert measured_policies(("sft", "label", "preference", "eval"), 12, 4) == ("sft", "preference")
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ BAD_USAGE = {
     "context too short": (["--config.policy.model.max_position_embeddings=64"], ["max_position_embeddings=64", "128"]),
     "mesh of too many": (["--config.mesh.tensor=5", "--config.mesh.fsdp=5"], ["config.mesh", "devices"]),
     "mesh that does not divide": (["--config.mesh.tensor=4", "--config.mesh.fsdp=2"], ["policy", "heads'", "size 2"]),
+    "kept less than never": (["--config.rl.keep_every=-1"], ["rl.keep_every=-1", "0 or more"]),
     "best by nothing": (["--config.rl.keep_best=loss"], ["rl.keep_best='loss'", "min METRIC"]),
     "label row": (["--replay=99"], ["99", "0 to 15"]),
     "stray argument": (["sft"], ["sft"]),

@@ -136,6 +136,41 @@ def test_every_algorithm_runs_as_a_stage(judge, sft, tmp_path, algorithm):
                for line in metrics(tmp_path / "run"))  # fmt: skip
 
 
+def test_policies_on_the_way_of_rl_survive_a_kill_and_are_evaluated(judge, sft, tmp_path, monkeypatch, capfd):
+    run, keep = tmp_path / "run", ("--config.rl.steps=4", "--config.rl.keep_every=1")
+    make_rollout, steps = rl.make_rollout, []
+
+    def killed(*arguments, **settings):
+        steps.append(0)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return make_rollout(*arguments, **settings)
+
+    monkeypatch.setattr(rl, "make_rollout", killed)
+    assert main(flags(judge, sft, run, *keep)) == 130
+    assert main(flags(judge, sft, run, *keep, "--stages=rl")) == 0
+    kept = run / "rl" / "checkpoints" / "1"
+    moved = kept.rename(tmp_path / "1")
+    capfd.readouterr()
+    assert main(flags(judge, sft, run, *keep)) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlaif_jax:")]
+    assert all(words in error for words in ("no checkpoint", "checkpoints/1", f"Delete {run}/rl,", "keep_every=0"))
+    assert not list(run.glob("eval/*.parquet")) and not list(run.glob("eval/replies_*"))  # before any work
+    moved.rename(kept)
+    assert main(flags(judge, sft, run, *keep)) == 0
+    assert "RL, iteration" not in capfd.readouterr().out  # the summary is of the main policies
+    results = json.loads((run / "eval" / "results.json").read_text())
+    for name in ("rl@1", "rl@2", "rl@3"):
+        assert {f"ground_truth_good/{name}", f"entropy/{name}", f"kl/{name}_vs_sft"} <= set(results)
+        assert f"win_rate/{name}_vs_sft" not in results
+    assert len({results[f"kl/{name}_vs_sft"]["mean"] for name in ("rl@1", "rl@2", "rl@3", "rl")}) == 4
+    # What is evaluated binds evaluation, and not RL.
+    assert main(flags(judge, sft, run, "--config.rl.steps=4", "--stages=rl")) == 0
+    assert main(flags(judge, sft, run, "--config.rl.steps=4")) == 2
+    error = capfd.readouterr().err
+    assert "stage eval" in error and "rl.keep_every=0 (was 1)" in error
+
+
 BAD = {
     "no gradient": (["kl.placement=loss"], ["k1 is zero", "use k2, k3 or full"]),
     "not a KL": (["kl.estimator=k3"], ["reward must be the log-ratio"]),

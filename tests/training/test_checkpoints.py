@@ -11,7 +11,7 @@ from etils import epath
 from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.models.parameters import abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel
-from rlaif_jax.training.checkpoints import Checkpoints, restore_params
+from rlaif_jax.training.checkpoints import Checkpoints, check_whole, restore_params
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.state import abstract_state
 from tests.helpers import eight_devices, flip_a_byte, largest_file, one_device, optimizer_config, tiny
@@ -44,9 +44,9 @@ def folder(tmp_path):
     return epath.Path(tmp_path) / "checkpoints"
 
 
-def save(folder, steps, keep_best="", metrics=None):
+def save(folder, steps, keep_best="", metrics=None, keep_every=0):
     """Saves a state at each step; the metric `loss` is the step."""
-    with contextlib.closing(Checkpoints(folder, keep_best)) as checkpoints:
+    with contextlib.closing(Checkpoints(folder, keep_best, keep_every)) as checkpoints:
         for step in steps:
             checkpoints.save(step, random_state(one_device(), step), (metrics or {}).get(step, {"loss": step}))
 
@@ -96,6 +96,17 @@ def test_the_best_is_kept_beside_the_newest_two_also_after_a_restart(folder, kee
     save(folder, [5, 6], keep_best, metrics)
     assert steps_in(folder) == [best, 5, 6]
     assert resumed_step(folder) == 6
+
+
+def test_every_third_is_kept_beside_the_best_and_the_newest_two_also_after_a_restart(folder, capfd):
+    save(folder, [1, 2, 3, 4, 5], "min loss", keep_every=3)
+    save(folder, [6, 7, 8], "min loss", keep_every=3)
+    assert steps_in(folder) == [1, 3, 6, 7, 8]
+    flip_a_byte(largest_file(folder / "3"))
+    assert resumed_step(folder) == 8 and capfd.readouterr().err == ""  # what is not read is not looked at
+    with pytest.raises(UserError, match=r"checkpoints/3 has other bytes"):
+        check_whole(folder, 3)
+    check_whole(folder, 6)
 
 
 def test_no_metric_makes_the_latest_go(folder):

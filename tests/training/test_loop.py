@@ -8,6 +8,7 @@ from etils import epath
 from flax import struct
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.training.checkpoints import restore_params
 from rlaif_jax.training.loop import LoopConfig, train
 from tests.helpers import flip_a_byte, largest_file
 
@@ -26,9 +27,10 @@ def next_step(state, step):
     return state, {"loss": state.params["total"][0], "tokens": 1}, lambda: [{"text": f"at {step}"}]
 
 
-def run(folder, steps=6, keep_best="", step_fn=next_step, max_skipped_updates=0):
+def run(folder, steps=6, keep_best="", step_fn=next_step, max_skipped_updates=0, keep_every=0):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init())
-    return train(folder, LoopConfig(steps, 2, keep_best, max_skipped_updates), abstract, init, step_fn)
+    config = LoopConfig(steps, 2, keep_best, max_skipped_updates, keep_every)
+    return train(folder, config, abstract, init, step_fn)
 
 
 def diverging(at):
@@ -97,5 +99,26 @@ def test_an_unknown_metric_to_keep_the_best_by_fails_at_the_first_step(tmp_path)
 
 def test_the_best_checkpoint_of_a_stage_stays(tmp_path):
     run(epath.Path(tmp_path) / "sft", steps=10, keep_best="min loss")
-    kept = {path.name for path in (tmp_path / "sft" / "checkpoints").iterdir() if path.name.isdigit()}
-    assert kept == {"2", "8", "10"}
+    assert kept(tmp_path / "sft") == {2, 8, 10}
+
+
+def kept(folder):
+    return {int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+def test_every_third_state_stays_whenever_else_the_stage_saves(tmp_path):
+    folder = epath.Path(tmp_path) / "rl"
+
+    def dies_at_five(state, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return next_step(state, step)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        run(folder, steps=10, step_fn=dies_at_five, keep_every=3)
+    run(folder, steps=10, keep_every=3)
+    assert kept(folder) == {3, 6, 9, 10}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init())
+    for done in (3, 6):  # the state after so many steps
+        params = restore_params(folder / "checkpoints", done, abstract.params)
+        assert params["total"].tolist() == [sum(range(done))] * 4
