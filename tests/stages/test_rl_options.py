@@ -84,12 +84,7 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "rl" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_an_iteration_hands_to_the_next_survives_a_kill(judge, sft, tmp_path, monkeypatch):
-    # Eight threads of a CPU add up in any order.
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
-    options = (*OPTIONS, f"--config.rl.rewards.verifier_function={__name__}:verifier", "--stages=rl")
-    options += ("--config.rl.rewards.max_unscored_rate=0.9",)
-    assert main(flags(judge, sft, tmp_path / "whole", *options)) == 0
+def kill_at_the_fourth_rollout(monkeypatch):
     make_rollout, steps = rl.make_rollout, []
 
     def killed(*arguments, **settings):
@@ -99,6 +94,15 @@ def test_what_an_iteration_hands_to_the_next_survives_a_kill(judge, sft, tmp_pat
         return make_rollout(*arguments, **settings)
 
     monkeypatch.setattr(rl, "make_rollout", killed)
+
+
+def test_what_an_iteration_hands_to_the_next_survives_a_kill(judge, sft, tmp_path, monkeypatch):
+    # Eight threads of a CPU add up in any order.
+    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    options = (*OPTIONS, f"--config.rl.rewards.verifier_function={__name__}:verifier", "--stages=rl")
+    options += ("--config.rl.rewards.max_unscored_rate=0.9",)
+    assert main(flags(judge, sft, tmp_path / "whole", *options)) == 0
+    kill_at_the_fourth_rollout(monkeypatch)
     assert main(flags(judge, sft, tmp_path / "killed", *options)) == 130
     assert main(flags(judge, sft, tmp_path / "killed", *options)) == 0
     lines = metrics(tmp_path / "whole")
@@ -138,15 +142,7 @@ def test_every_algorithm_runs_as_a_stage(judge, sft, tmp_path, algorithm):
 
 def test_policies_on_the_way_of_rl_survive_a_kill_and_are_evaluated(judge, sft, tmp_path, monkeypatch, capfd):
     run, keep = tmp_path / "run", ("--config.rl.steps=4", "--config.rl.keep_every=1")
-    make_rollout, steps = rl.make_rollout, []
-
-    def killed(*arguments, **settings):
-        steps.append(0)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return make_rollout(*arguments, **settings)
-
-    monkeypatch.setattr(rl, "make_rollout", killed)
+    kill_at_the_fourth_rollout(monkeypatch)
     assert main(flags(judge, sft, run, *keep)) == 130
     assert main(flags(judge, sft, run, *keep, "--stages=rl")) == 0
     kept = run / "rl" / "checkpoints" / "1"
