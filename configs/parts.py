@@ -216,6 +216,7 @@ def red_team_corpus(config: config_dict.ConfigDict) -> None:
     config.policy.model.vocab_size = 1536  # so that most words are a token
     config.policy.max_response_length = 48
     config.data.red_team_prompts.kind = "embedded"
+    config.evaluation.red_team_groups = ("red_team",)
     config.constitution.file = "everyday_requests"
     config.judge.prompt.update(template="everyday_principles", shots=9)
     config.preferences.hard = True  # under a principle a small judge is within 0.05 of a half, on the right side mostly

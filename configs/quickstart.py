@@ -300,7 +300,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         sampling=sampling(temperature=1.0),
         harmless_prompt=rating_prompt(""),  # no template: neither is rated
         helpful_prompt=rating_prompt(""),
-        red_team_groups=("red_team",),  # the embedded corpus calls them so
+        red_team_groups=(),
         rated_revisions=64,  # of a critique stage
         commit_every=64,
         batch_size=64,
@@ -312,6 +312,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     if unknown := [word for word in words if word not in ARMS]:
         raise ValueError(f"unknown arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
     check_one_way(words)
+    if {"constitutional", "panel"} <= set(words):
+        raise ValueError("arms 'constitutional' and 'panel' do not go together: nothing rates under a principle")
     if "smoke" in words:
         config.preference.steps, config.best_of_n.steps, config.best_of_n.prompts = 8, 8, 24
         corpus = config.data.embedded

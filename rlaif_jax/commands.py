@@ -107,9 +107,9 @@ def parse_flags(
 def _unknown_field(argv: list[str], message: str) -> str:
     """ml_collections' message with the whole path of the field: it names one part alone."""
     name, near = re.search(r"\w+", message), re.search(r'Did you mean "(\w+)"', message)
-    for argument in argv[1:]:
-        path = argument.split("=")[0].removeprefix("--")
-        if path.startswith("config.") and name and name[0] in path.split("."):
-            hint = f"did you mean {near[1]}?" if near else "see rlaif_jax/config.py for the fields"
-            return f"unknown config field {path}: {hint}"
-    return " ".join(message.split())
+    paths = (argument.split("=")[0].removeprefix("--") for argument in argv[1:])
+    found = [path for path in paths if path.startswith("config.") and name and name[0] in path.split(".")]
+    if not found:
+        return " ".join(message.split())
+    hint = f"did you mean {near[1]}?" if near else "see rlaif_jax/config.py for the fields"
+    return f"unknown config field {' or '.join(found)}: {hint}"

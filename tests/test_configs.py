@@ -65,6 +65,11 @@ def test_words_that_train_the_policy_in_different_ways_are_refused(module, words
         module.get_config(words)
 
 
+def test_nothing_rates_under_a_principle():
+    with pytest.raises(ValueError, match="'constitutional' and 'panel' do not go together"):
+        quickstart.get_config("panel,constitutional")
+
+
 @pytest.mark.parametrize("words", ["drlaif,grpo", "dpo,dpo", "best_of_n,ensemble", "dpo,rounds,panel,smoke"])
 def test_words_that_go_together_are_not(words):
     check(parse(quickstart.get_config(words).to_dict()), devices=1)

@@ -388,6 +388,8 @@ def test_a_policy_between_has_a_column_and_harmlessness_a_section(run, tmp_path)
     text = Page(write_report(epath.Path(tmp_path)).read_text()).text
     for words in (
         "judged win rate, RL over SL-CAI",
+        "SL-CAI and RL improved the replies",
+        "Since SL-CAI: RL replies are preferred to SL-CAI replies on 66% [60, 70].",
         "1 step on 30 revisions and 10 demonstrations (25%, of 50% asked for)",
         "Over revisions, on red-team prompts, by the judge's rating",
         "Over training, by the judge's rating",

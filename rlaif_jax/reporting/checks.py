@@ -12,6 +12,7 @@ from rlaif_jax.training.alarms import alarms
 DIVERSITY = 0.8  # of SFT's distinct bigrams: less is an alarm
 REPETITION = 0.05  # of the prompts with one and the same reply: more is an alarm
 LENGTH = 1.25  # times SFT's mean length, or a fraction of 1 over this: beyond is an alarm
+SAME_SLOT = 0.9  # of the pairs with one and the same slot named in both orders: more is noted
 SCALE = 0.05  # of calibrated rewards: less means that the held-out labels bear out next to nothing
 
 
@@ -133,8 +134,16 @@ def _judge(run: RunData) -> Check:
         )
     better = "reply that people prefer" if figure is measured.get("judge_agreement/human") else "good reply"
     text = f"It sides with the {better} on {with_interval(figure, percent)} of {count(figure['n'], 'such pair')}"
-    ignorant = figure["ci95"][0] <= 0.5
-    return Check(name, "alarm" if ignorant else "ok", text + (": no better than chance." if ignorant else "."))
+    ignorant, slot = figure["ci95"][0] <= 0.5, measured.get("same_slot_in_both_orders")
+    if ignorant:
+        return Check(name, "alarm", f"{text}: no better than chance.")
+    if slot and slot["mean"] is not None and slot["mean"] > SAME_SLOT:
+        text += (
+            f". But it names the same slot in both orders on {percent(slot['mean'])} of the pairs (note above "
+            f"{percent(SAME_SLOT)}): a label is what their mean leaves"
+        )
+        return Check(name, "note", f"{text}.")
+    return Check(name, "ok", f"{text}.")
 
 
 def _failures(name: str, manifest: dict | None, run: RunData) -> Check:

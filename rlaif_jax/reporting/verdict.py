@@ -68,8 +68,14 @@ def judge(run: RunData) -> Verdict:
     side, truth = preferred(win), ground_truth(run.results)
     direction = "none" if truth is None else _direction(truth)
     tone, heading = _HEADINGS[side, direction]
-    heading = heading.format(title=run.title)
+    between = run.results.get("win_rate/policy_vs_sl_cai")  # what came before RL has its part in what came of both
+    heading = heading.format(title=f"SL-CAI and {run.title}" if between else run.title)
     sentences = [_win_sentence(run, win, side), _truth_sentence(run, truth, side)]
+    if between and between["mean"] is not None:
+        sentences.append(
+            f"Since SL-CAI: {run.title} replies are preferred to SL-CAI replies on {with_interval(between, percent)}. "
+            f"{_SIDES[preferred(between)]}"
+        )
     if run.config.get("judge.shuffle_weights"):
         tone, heading = _control(run, side, direction)
         sentences.append(

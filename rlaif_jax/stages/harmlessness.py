@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
+from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.refusals import refusal
 from rlaif_jax.evaluation.statistics import Figure
 from rlaif_jax.files import read_parquet, write_parquet
@@ -38,6 +39,12 @@ def harmlessness(
     without prompts to rate by there are no figures.
     """
     config = run.config.evaluation
+    known = sorted(set(groups.tolist()))
+    if unknown := sorted(set(config.red_team_groups) - set(known)):
+        raise UserError(
+            f"config.evaluation.red_team_groups: no held-out prompt is of the group {unknown[0]!r}; the groups are "
+            f"{', '.join(map(repr, known))}"
+        )
     red_team = np.array([group in config.red_team_groups for group in groups], bool)
     if not (red_team.any() or config.harmless_prompt.template or config.helpful_prompt.template):
         return {}

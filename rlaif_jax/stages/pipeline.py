@@ -64,7 +64,6 @@ _OPERATIONAL = (
     "checkpoint_every",
     "commit_every",
     "keep_best",
-    "keep_every",
     "evaluation.shown_samples",
     ".batch_tokens",
     ".max_failure_rate",
@@ -77,8 +76,6 @@ _OPERATIONAL = (
     "refill",
     "chunk",
 )
-# Which policies are evaluated says nothing of the policies: of the stages that do depend on it, the field.
-_MEASURED = {"eval": ("rl.keep_every",), "rounds": ("rl.keep_every",)}
 # The files that bind a stage to the config that it was begun with.
 _KEPT = ("checkpoints/checksums/*", "*.parquet", "candidates/*.parquet", "teacher/*.parquet", "replies_*/*.parquet")
 _KEPT += ("critique_*/*.parquet", "revision_*/*.parquet")
@@ -159,8 +156,7 @@ def stage_inputs(run: Run, name: str) -> dict:
         parts = [part for part in parts if part != "constitution"]
     flat = flatten(run.config) | _file_hashes(run)
     wanted = (key for key in flat if any(f"{key}.".startswith(f"{part}.") for part in parts))
-    measured = _MEASURED.get(in_round(name)[0], ())
-    return {key: flat[key] for key in wanted if key in measured or not key.endswith(_OPERATIONAL)}
+    return {key: flat[key] for key in wanted if not key.endswith(_OPERATIONAL)}
 
 
 def _file_hashes(run: Run) -> dict[str, str]:

@@ -143,7 +143,7 @@ class Run:
                 remedy = (
                     f"config.rl.keep_every={self.config.rl.keep_every} has the policy after iteration {iteration} "
                     f"evaluated. Delete {self.folder(stage)}, and the same command trains stage {stage} again from its "
-                    f"start, or set config.rl.keep_every=0"
+                    f"start"
                 )
             else:
                 remedy = (

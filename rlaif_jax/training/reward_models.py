@@ -57,7 +57,8 @@ def principle_metrics(reward_model: RewardModel, each: jax.Array) -> dict[str, j
     deviations = parts - jnp.mean(parts, axis=1, keepdims=True)
     total = jnp.sum(deviations, axis=0)
     variance = jnp.sum(total**2)
-    varies = variance > 1e-10 * jnp.sum(jnp.sum(parts, axis=0) ** 2)  # by more than rounding
+    # By more than rounding, and not scaled to nothing.
+    varies = (variance > 1e-10 * jnp.sum(jnp.sum(parts, axis=0) ** 2)) & (reward_model.scale > 0)
     shares = jnp.where(varies, deviations @ total / jnp.where(varies, variance, 1.0), 0.0)
     means = reward_model.scale * jnp.mean(each, axis=1)
     metrics = {f"reward/principle/{name}": means[i] for i, name in enumerate(reward_model.principles)}

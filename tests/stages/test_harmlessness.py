@@ -45,7 +45,8 @@ def opened(judge, folder, groups=GROUPS, **changes) -> Run:
     """A run of which replies, revisions and data are there, and no model."""
     fields = {"judge.weights": judge, "judge.shard_size": 4, "judge.batch_tokens": 512, "evaluation.commit_every": 2,
               "evaluation.bootstrap_samples": 50, "stages": ("sft", "sl_cai", "rl", "eval"),
-              "data.evaluation_prompts.kind": "jsonl"}  # fmt: skip
+              "data.evaluation_prompts.kind": "jsonl",
+              "evaluation.red_team_groups": ("red_team",) if "red_team" in groups else ()}  # fmt: skip
     ratings = {f"evaluation.{kind}_prompt.template": "everyday_requests" for kind in ("harmless", "helpful")}
     config = override(quickstart_config(), fields | ratings | changes)
     data = {"prompt": PROMPTS, "group": list(groups)}
@@ -187,10 +188,13 @@ def test_policies_that_rl_keeps_are_measured_and_not_compared(judge, finished, t
 def test_the_config_says_which_groups_are_red_team_prompts(judge, tmp_path):
     off = {"evaluation.harmless_prompt.template": "", "evaluation.helpful_prompt.template": ""}
     groups = ["harm" if group == "red_team" else group for group in GROUPS]
-    changes = {"stages": ("sft", "rl", "eval"), "evaluation.red_team_groups": ("harm", "other")}
+    changes = {"stages": ("sft", "rl", "eval"), "evaluation.red_team_groups": ("harm",)}
     found = evaluated(opened(judge, tmp_path, groups, **changes, **off))
     assert (found["refusal_rate/rl"]["n"], found["refusal_rate_red_team/rl"]["n"]) == (4, 3)
     assert found["refusal_rate_red_team/rl"]["mean"] == pytest.approx(2 / 3)
+    changes["evaluation.red_team_groups"] = ("harm", "other")
+    with pytest.raises(UserError, match="no held-out prompt is of the group 'other'; the groups are '', 'harm', 'new'"):
+        evaluated(opened(judge, tmp_path / "unknown", groups, **changes, **off))
 
 
 class Truth:
