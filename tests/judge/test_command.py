@@ -45,7 +45,15 @@ def test_a_missing_text_is_bad_usage(judge, capfd, arguments):
     [
         (["--principle=kind"], "everyday_requests does not ask for a principle"),
         (["--config=configs/quickstart.py:constitutional", "--principle=kin"], "--principle=kin must be one of"),
-        (["--config=configs/quickstart.py:constitutional"], "--principle=None must be one of does-no-harm, honest"),
+        (["--config=configs/quickstart.py:constitutional"], "--principle is needed: one of does-no-harm, honest"),
+        (
+            [
+                "--config=configs/quickstart.py:constitutional",
+                "--config.constitution.tags=('privacy',)",
+                "--principle=kind",
+            ],
+            "--principle=kind must be one of private",
+        ),
     ],
 )
 def test_a_principle_goes_with_a_template_that_asks_for_one(capfd, arguments, words):
