@@ -7,26 +7,27 @@ from rlaif_jax.reporting.checks import Check, run_checks
 from rlaif_jax.reporting.read import RunData
 from rlaif_jax.reporting.words import percent, points, with_interval
 
-# By what the judge prefers and how the ground truth moved; "none" where there is no ground truth.
+# By what the judge prefers and how the ground truth moved; "none" where there is no ground truth. What has trained the
+# policy stands for {by}.
 _HEADINGS = {
-    ("policy", "up"): ("good", "{title} improved the replies"),
+    ("policy", "up"): ("good", "{by} improved the replies"),
     ("policy", "none"): ("good", "The judge prefers the {title} replies"),
     ("policy", "unclear"): ("mixed", "The judge prefers the {title} replies; the ground truth does not confirm it"),
     ("policy", "down"): ("bad", "The judge prefers the {title} replies, but by the ground truth they got worse"),
     ("neither", "up"): (
         "mixed",
-        "The judge shows no preference, though by the ground truth {title} improved the replies",
+        "The judge shows no preference, though by the ground truth {by} improved the replies",
     ),
     ("neither", "none"): ("unclear", "No difference between {title} and SFT is shown"),
     ("neither", "unclear"): ("unclear", "No difference between {title} and SFT is shown"),
     ("neither", "down"): (
         "bad",
-        "The judge shows no preference, and by the ground truth {title} made replies worse",
+        "The judge shows no preference, and by the ground truth {by} made replies worse",
     ),
-    ("sft", "up"): ("mixed", "The judge prefers the SFT replies, though by the ground truth {title} improved them"),
-    ("sft", "none"): ("bad", "The judge prefers the SFT replies: {title} made them worse"),
+    ("sft", "up"): ("mixed", "The judge prefers the SFT replies, though by the ground truth {by} improved them"),
+    ("sft", "none"): ("bad", "The judge prefers the SFT replies: {by} made them worse"),
     ("sft", "unclear"): ("bad", "The judge prefers the SFT replies; the ground truth does not confirm it"),
-    ("sft", "down"): ("bad", "{title} made the replies worse"),
+    ("sft", "down"): ("bad", "{by} made the replies worse"),
 }
 _SIDES = {
     "policy": "The 95% interval lies above 50%.",
@@ -69,7 +70,7 @@ def judge(run: RunData) -> Verdict:
     direction = "none" if truth is None else _direction(truth)
     tone, heading = _HEADINGS[side, direction]
     between = run.results.get("win_rate/policy_vs_sl_cai")  # what came before RL has its part in what came of both
-    heading = heading.format(title=f"SL-CAI and {run.title}" if between else run.title)
+    heading = heading.format(title=run.title, by=f"SL-CAI and {run.title}" if between else run.title)
     sentences = [_win_sentence(run, win, side), _truth_sentence(run, truth, side)]
     if between and between["mean"] is not None:
         sentences.append(
