@@ -10,7 +10,7 @@ from rlaif_jax.commands import parse_flags, run_command
 from rlaif_jax.config import Config, parse
 from rlaif_jax.data.layouts import is_unicode
 from rlaif_jax.errors import UserError
-from rlaif_jax.judge.constitution import select
+from rlaif_jax.judge.constitution import load_constitution, tagged
 from rlaif_jax.judge.prompts import Pair, load_template
 from rlaif_jax.judge.score import judge_pairs, load_judge
 from rlaif_jax.stages.run import open_run, with_seed
@@ -53,7 +53,8 @@ def _pair(config: Config, texts: tuple[str, str, str], principle: str | None) ->
         if principle is not None:
             raise UserError(f"--principle: judge template {config.judge.prompt.template} does not ask for a principle")
         return Pair(*texts)
-    known = {each.id: each.comparison for each in select("label", config.constitution, ("comparison",))[0]}
+    principles = tagged(load_constitution(config.constitution.file), config.constitution.tags)
+    known = {each.id: each.comparison for each in principles if each.comparison}
     if principle not in known:
         given = "--principle is needed:" if principle is None else f"--principle={principle} must be"
         raise UserError(f"{given} one of {', '.join(known)}")

@@ -249,9 +249,9 @@ def test_the_command_judges_one_pair_under_a_principle(flags_of, tmp_path, capfd
     texts = ["--prompt=Hi!", "--a=Scrub it.", "--b=Get lost."]
     assert judge_command.main(["judge", *flags, *texts, "--principle=honest"]) == 0
     assert "Principle: Choose the response that is more honest." in capfd.readouterr().out
-    for wrong in (["--principle=silent"], []):
+    for wrong, said in ((["--principle=silent"], "must be"), ([], "is needed:")):
         assert judge_command.main(["judge", *flags, *texts, *wrong]) == 2
-        assert "must be one of kind, honest, unused" in capfd.readouterr().err
+        assert f"{said} one of kind, honest, unused" in capfd.readouterr().err
 
 
 def test_the_labels_of_each_principle_are_counted_before_they_are_made(finished):
