@@ -265,6 +265,15 @@ def test_a_run_without_ground_truth_says_so(run, tmp_path):
     assert not any("badge" in (attributes.get("class") or "") for _, attributes in parsed.elements)
 
 
+def test_a_judge_that_names_one_slot_whatever_is_in_it_is_noted(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    audit = json.loads((tmp_path / "label" / "audit.json").read_text())
+    for share, noted in ((0.96, True), (0.5, False)):
+        write(tmp_path / "label" / "audit.json", audit | {"same_slot_in_both_orders": figure(share, share, share)})
+        text = Page(write_report(epath.Path(tmp_path)).read_text()).text
+        assert ("names the same slot in both orders on 96% of the pairs" in text) == noted
+
+
 def test_labels_by_people_have_no_judge_to_calibrate(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     (tmp_path / "label" / "audit.json").unlink()

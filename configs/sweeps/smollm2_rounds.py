@@ -5,8 +5,8 @@
 
 SmolLM2 is the policy. `self` labels each round's pairs with the very weights that made them; `same_size` with those
 that SFT began with; `panel` is the mean of three prompts of these. What evaluates is always the judge of `same_size`
-(its training judge, then), beside the ground truth, on which nothing is trained. About an hour on 2 CPU cores
-a seed.
+(its training judge, then), beside the ground truth, on which nothing is trained. About 40 minutes on 2 CPU
+cores a seed.
 """
 
 from ml_collections import config_dict

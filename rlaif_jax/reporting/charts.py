@@ -156,7 +156,7 @@ def overoptimisation(
         if peak is not None:
             axes.axvline(peak, color=SECOND, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xlabel("square root of KL from RL's start (nats a reply)")
-        axes.set_ylabel("gain over SFT")
+        axes.set_ylabel("gain over RL's start")
         axes.legend(frameon=False, labelcolor=MUTED)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
 

@@ -64,7 +64,8 @@ def draw_rounds(runs: Mapping[str, Mapping[str, object]]) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for axes in panels[len(names) :]:
             axes.set_visible(False)
-        canvas.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(found))
+        drawn = {run: line for axes in panels for line, run in zip(*axes.get_legend_handles_labels(), strict=True)}
+        canvas.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=len(found))
         canvas.supxlabel("round (0 is SFT)", fontsize=8)
         file = io.StringIO()
         canvas.savefig(file, format="svg", metadata={"Date": None})

@@ -101,6 +101,10 @@ BAD_USAGE = {
     "no such cache": (["--config.sampler.cache_dtype=int4"], ["sampler.cache_dtype", "int8"]),
     "no such attention": (["--config.judge.attention=flash"], ["judge.attention", "cudnn"]),
     "filter out of range": (["--config.rl.sampling.top_p=0"], ["rl.sampling.top_p", "above 0"]),
+    "one of two fields of a name": (
+        ["--config.critique.max_new_tokens=9", "--config.judge.prompt.max_new_tokens=9"],
+        ["unknown config field config.critique.max_new_tokens or config.judge.prompt.max_new_tokens"],
+    ),
     "misspelt field": (["--config.sft.stepz=3"], ["config.sft.stepz", "did you mean steps?"]),
     "unknown group": (["--config.stf.steps=3"], ["config.stf.steps"]),
     "mistyped value": (["--config.sft.steps=many"], ["sft.steps", "many"]),

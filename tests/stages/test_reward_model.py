@@ -189,4 +189,6 @@ def test_principles_count_by_weight_and_their_shares_of_the_rewards_variance_com
     assert found["reward/principle_share/c"] < 0
     still = principle_metrics(reward_model, np.ones((3, 50), np.float32))
     assert [still[f"reward/principle_share/{name}"] for name in "abc"] == [0] * 3
+    nothing = principle_metrics(reward_model.replace(scale=np.float32(0)), each)  # what calibration may come to
+    assert [nothing[f"reward/principle_share/{name}"] for name in "abc"] == [0] * 3
     assert principle_metrics(reward_model.replace(principles=()), each) == {}
