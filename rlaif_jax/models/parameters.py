@@ -56,6 +56,11 @@ def place_parameters(model: nn.Module, parameters, placement: Placement):
     return jax.tree.map(jax.device_put, parameters, shardings)
 
 
+def move_parameters(model: nn.Module, parameters, placement: Placement):
+    """Parameters of a model that lie on another mesh of the same devices, on this one."""
+    return jax.device_put(parameters, placement.parameters(model))
+
+
 def parameters_hash(parameters) -> str:
     """xxh3 of names and bytes of a tree of arrays: the same for the same values, wherever they lie."""
     digest = xxhash.xxh3_64()

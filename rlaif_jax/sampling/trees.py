@@ -15,7 +15,7 @@ import numpy as np
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel, unembedding
-from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.parallel.mesh import batch_ways, shard_batch
 from rlaif_jax.sampling.buckets import bucket_of
 
 Tokens = Sequence[int]
@@ -88,7 +88,7 @@ def score_trees(
     While the caller works on one batch, the device scores the next.
     """
     mesh = scorer.placement.mesh
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = batch_ways(mesh)
     prefixes = () if scorer.prefix is None else (scorer.prefix,)
     waiting: tuple[list[int], jax.Array] | None = None
     for length, chosen in _batches([len(tree) for tree in trees], buckets, scorer.batch_tokens, devices):

@@ -63,7 +63,7 @@ def run_evaluation(run: Run) -> None:
 
 def _labeller(run: Run) -> Labeller:
     """The judge that evaluates."""
-    judge = load_judge(run.config.judge, run.config.seed, run.placement)
+    judge = load_judge(run.config.judge, run.config.seed, run.judge_placement)
     label = functools.partial(store.label, judge)
     if not judge.template.by_principle:
         return label

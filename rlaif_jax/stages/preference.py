@@ -164,7 +164,7 @@ def _online(run: Run, model: LanguageModel, reference):
     rollouts = Rollouts(
         run, "preference", config.batch_size, 2, config.sampling, "preference.batch_size", one_shape=False
     )
-    judge = load_judge(run.config.judge, run.config.seed, run.placement)
+    judge = load_judge(run.config.judge, run.config.seed, run.judge_placement)
     plan = live_plan(judge)
     principles = comparison_principles(run, "preference") if judge.template.by_principle else []
 
