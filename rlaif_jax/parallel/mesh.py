@@ -58,6 +58,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def platform() -> str:
+    """What a program is traced for, "cpu", "gpu" or "tpu": the ambient mesh's devices, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def partition_spec(
     logical_axes: tuple[str | None, ...],
     shape: tuple[int, ...],
