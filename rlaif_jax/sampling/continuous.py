@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.models.cache import KVCache, empty_cache
+from rlaif_jax.models.cache import KVCache, empty_cache, split_rows
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.sampling.buckets import bucket_of, length_buckets
@@ -175,6 +175,7 @@ def insert(
     replies = jax.tree.map(put, old.replace(cache=None), new)
     cache = cache.replace(mask=cache.mask.at[where].set(False, mode="drop"))
     layers = jax.tree.map(lambda old, x: put(old, copied(x)), slots.prompts.layers, prompt.layers)
+    layers = tuple(map(split_rows, layers))
     padded = jnp.pad(copied(mask), ((0, 0), (0, slots.prompts.mask.shape[1] - mask.shape[1])))
     prompts = slots.prompts.replace(layers=layers, mask=put(slots.prompts.mask, padded))
     return Slots(replies.replace(cache=cache), prompts)
