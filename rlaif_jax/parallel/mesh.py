@@ -102,6 +102,12 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def platform() -> str:
+    """What a program is traced for, "cpu", "gpu" or "tpu": the ambient mesh's devices, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def partition_spec(
     logical_axes: tuple[str | None, ...],
     shape: tuple[int, ...],
