@@ -88,14 +88,14 @@ run_once() {
     pids=("${left[@]}")
     if [ "$status" != 0 ] && [ -z "$deadline" ]; then
       deadline=$((SECONDS + ${GRACE:-60}))
-      [ "$status" = 75 ] || end_all TERM  # with 75 they are saving, or will notice
+      [ "$status" = 75 ] || end_all TERM  # with 75 they are saving, and a second SIGTERM would kill them
     fi
     if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then end_all KILL; fi
-    sleep 0.2
+    sleep 0.1
   done
 }
 
-# An error of one process beats the 75 of the others, which have but lost it; so has who was killed been lost.
+# Status $1 of a process. An error beats the 75 of others; a process that was killed is lost.
 take() {
   if [ "$1" = 0 ]; then return; fi
   echo "local: a process ended with status $1" >&2

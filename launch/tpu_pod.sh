@@ -104,8 +104,8 @@ set_up() {
     everywhere "$install"
 }
 
-# Runs the command on all workers; sets `status` to 0, the first error, or 75. An error of one beats the 75 of the
-# others, which have but lost it; a connection that broke says nothing, so the command has to run again.
+# Runs the command on all workers; sets `status` to 0, the first error, or 75. gcloud's own status may be that of a broken
+# connection, which says nothing of the command, so that has to run again.
 run_command() {
   local error
   status=0
