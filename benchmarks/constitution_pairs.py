@@ -72,7 +72,7 @@ def main() -> None:
         for row in rows
         for side in "ab"
     ]
-    placement = Placement(make_mesh(config.mesh))
+    placement = Placement(make_mesh(config.mesh.judge))
     with jax.set_mesh(placement.mesh):
         judge = load_judge(judging, 0, placement)
         store.label(judge, pairs, epath.Path(options.workdir), judge.template.name)

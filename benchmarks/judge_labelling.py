@@ -89,7 +89,7 @@ def main() -> None:
             bucket_multiple=16,
             max_length=4096,
         )
-        judge = load_judge(config, 0, Placement(make_mesh(settings.mesh)))
+        judge = load_judge(config, 0, Placement(make_mesh(settings.mesh.judge)))
         judge.tokenizer.save_pretrained(folder)
         prompts = [prompt.text for pair in pairs for prompt in judge.template.asked(pair)]
         answers = None

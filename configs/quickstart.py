@@ -72,10 +72,14 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.rounds = 1  # of the stages after sft
 
     config.mesh = group(
+        slices=1,  # TPU slices, or groups of GPU nodes
         data=1,  # devices along each axis; -1 takes what is left
         fsdp=-1,
         tensor=1,
+        sequence=1,
         replicated=(),  # logical axes that may stay whole where they do not divide
+        offload=(),  # whose parameters wait in host memory between uses
+        judge=group(data=-1, fsdp=1, tensor=1, sequence=1, replicated=()),  # of the devices of one process
     )
     config.data = group(
         root=".",

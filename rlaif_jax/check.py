@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from absl import flags
 from etils import epath
-from jax.sharding import AxisType
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +27,7 @@ from rlaif_jax.models.parameters import (
     init_parameters,
     place_parameters,
 )
-from rlaif_jax.parallel.mesh import MESH_AXES, shard_batch
+from rlaif_jax.parallel.mesh import AxesConfig, batch_ways, make_mesh, shard_batch
 from rlaif_jax.sampling.generate import generate
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.stages.run import Run, open_run, with_seed
@@ -138,7 +137,7 @@ def _sample(run: Run, params) -> tuple[RLConfig, Sampled]:
 
 
 def _devices(run: Run) -> int:
-    return run.placement.mesh.shape["data"] * run.placement.mesh.shape["fsdp"]
+    return batch_ways(run.placement.mesh)
 
 
 def _logprobs(run: Run, params, sequences: Sequences) -> jax.Array:
@@ -185,8 +184,8 @@ def _sharding(run: Run, params, batch, expected, limit: float) -> Check:
     name, note = "sharding", f"gradient on {run.placement.mesh.size} devices, and on one"
     if run.placement.mesh.size == 1:
         return Check(name, None, limit, "one device: nothing to compare")
-    mesh = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    alone, model = Placement(mesh), run.language_model()
+    one = AxesConfig(data=1, fsdp=1, tensor=1, sequence=1, replicated=())
+    alone, model = Placement(make_mesh(one, jax.local_devices()[:1])), run.language_model()
     placed = place_parameters(model, jax.device_get(params), alone)
     return Check(name, _distance(expected, _gradient(alone, model, placed, batch)), limit, note)
 

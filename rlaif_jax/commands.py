@@ -1,11 +1,13 @@
 """What the commands share: their flags, their exit status, and the folder that they write to."""
 
+import contextlib
 import os
 import pathlib
 import platform
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 
 import jax
 import xxhash
@@ -13,7 +15,8 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import AGAIN, Stopped, UserError
+from rlaif_jax.parallel import processes
 
 
 def run_command(argv: list[str], help_text: str, body: Callable[[list[str]], int]) -> int:
@@ -23,13 +26,39 @@ def run_command(argv: list[str], help_text: str, body: Callable[[list[str]], int
         if any(argument in ("--help", "-h", "-help") for argument in argv[1:]):
             print(help_text)
             return 0
-        return body(argv)
+        argv, flags_of_processes = processes.take_flags(argv)
+        processes.start(processes.place_from(flags_of_processes, os.environ))
+        with processes.heeding_sigterm(), _ending_together():
+            return body(argv)
     except UserError as error:
         print(f"rlaif_jax: {error}", file=sys.stderr)
         return 2
+    except Stopped:
+        if processes.first():
+            print(f"rlaif_jax: SIGTERM to {processes.who_was_stopped()}: all is saved; the same command goes on from "
+                  "here", file=sys.stderr)  # fmt: skip
+        return AGAIN
     except KeyboardInterrupt:
         print("rlaif_jax: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Where one of several processes fails, ends it and all others at once."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException as error:
+        if processes.count() == 1:
+            raise
+        if isinstance(error, UserError):
+            processes.fail(2, str(error))
+        if isinstance(error, KeyboardInterrupt):
+            processes.fail(130, "interrupted; the same command goes on from here")
+        broken = isinstance(error, jax.errors.JaxRuntimeError)  # as a rule a collective, because a process is gone
+        processes.fail(1, "".join(traceback.format_exception(error)), wait=broken)
 
 
 def keep_compiled_programs() -> None:

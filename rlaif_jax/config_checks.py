@@ -21,7 +21,7 @@ from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
 from rlaif_jax.losses.reward import COMBINATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
 from rlaif_jax.models.transformer import ModelConfig
-from rlaif_jax.parallel.mesh import RULES
+from rlaif_jax.parallel.mesh import OFFLOADED, RULES
 from rlaif_jax.training.optimizer import SCHEDULES
 
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
@@ -104,7 +104,8 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.max_unscored_rate sl_cai.helpful_share", "from 0 to below 1", lambda x: 0 <= x < 1),
     ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
     ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
-    ("mesh.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
+    ("mesh.offload", f"of {', '.join(OFFLOADED)}", lambda x: all(name in OFFLOADED for name in x)),
+    ("mesh.replicated mesh.judge.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
     ("data.layout", f"one of {', '.join(LAYOUTS)}", lambda x: x in LAYOUTS),
     ("data.*.kind", f"one of {', '.join(map(repr, KINDS))}", lambda x: x in KINDS),
     ("sampler.slots", "2 or more, the candidates of a pair", lambda x: x >= 2),
@@ -122,19 +123,21 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.cache_dtype", f'"" or one of {", ".join(_CACHE_DTYPES)}', lambda x: x in ("", *_CACHE_DTYPES)),
     ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
 )
-_BATCHES = "*.batch_size *.slots"
+_BATCHES = "*.batch_size sampler.slots sft.*.slots critique.*.slots"
+_JUDGE_BATCHES = "judge.*.slots panel.*.slots"
 
 
-def check(config: Config, devices: int) -> None:
+def check(config: Config, devices: int, judge_devices: int) -> None:
     """Raises UserError for values that are out of range or contradict each other, before any work is done.
 
-    devices: over how many a batch is split.
+    devices: over how many a batch is split. judge_devices: the same of a judge's batch.
     """
     flat = flatten(config)
     for patterns, what, holds in _RANGES:
         _require(flat, patterns, what, holds)
-    devices_message = f"a positive multiple of the {devices} devices of the batch"
-    _require(flat, _BATCHES, devices_message, lambda x: x > 0 and x % devices == 0)
+    for batches, ways in ((_BATCHES, devices), (_JUDGE_BATCHES, judge_devices)):
+        what = f"a positive multiple of the {ways} devices of the batch"
+        _require(flat, batches, what, lambda x: x > 0 and x % ways == 0)  # noqa: B023
     for name in ("sft", "sl_cai", "reward_model", "best_of_n", "preference"):
         parts = getattr(config, name).micro_batches * devices
         _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (

@@ -4,9 +4,16 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
+# The exit status of a command that was stopped, or whose peers were, and goes on if it is given again (EX_TEMPFAIL).
+AGAIN = 75
+
 
 class UserError(Exception):
     """Bad usage or bad input. The message names the thing and the remedy, on one line."""
+
+
+class Stopped(Exception):
+    """SIGTERM was sent, and everything is saved."""
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def _replayed(run: Run, text: str) -> tuple[Callable[[], Judge], epath.Path, str
     """
     judges, folder = run.config.panel.judges, run.folder("label")
     name, _, rows = text.rpartition("/")
-    alone = functools.partial(load_judge, run.config.judge, run.config.seed, run.placement)
+    alone = functools.partial(load_judge, run.config.judge, run.config.seed, run.judge_placement)
     if run.config.label.principles == "ensemble":
         if name != PRINCIPLES:
             raise UserError(

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType
 
 from configs import quickstart
 from rlaif_jax.config import Config, RLConfig, parse
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel, unembedding
-from rlaif_jax.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from rlaif_jax.parallel.mesh import AxesConfig, make_mesh
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.training.optimizer import OptimizerConfig
@@ -101,11 +100,15 @@ def random_sequences(seed: int, batch: int, prompt_length: int = 5, response_len
 
 
 def one_device_mesh():
-    return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return make_mesh(axes(), jax.devices()[:1])
 
 
 def eight_device_mesh():
-    return make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, replicated=()))
+    return make_mesh(axes(fsdp=4, tensor=2))
+
+
+def axes(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, replicated=()) -> AxesConfig:
+    return AxesConfig(data, fsdp, tensor, sequence, replicated)
 
 
 def one_device() -> Placement:

@@ -29,7 +29,7 @@ CONFIGS += [
 @pytest.mark.parametrize(("module", "arm"), CONFIGS, ids=lambda x: getattr(x, "__name__", x))
 def test_every_arm_of_every_config_is_valid(module, arm):
     config = parse(module.get_config(arm).to_dict())
-    check(config, devices=1)
+    check(config, 1, 1)
     check_decoder(config.policy.model, 0)
     assert all(load_template(judge.prompt).choices for judge in config.judges.values())
 
@@ -72,7 +72,7 @@ def test_nothing_rates_under_a_principle():
 
 @pytest.mark.parametrize("words", ["drlaif,grpo", "dpo,dpo", "best_of_n,ensemble", "dpo,rounds,panel,smoke"])
 def test_words_that_go_together_are_not(words):
-    check(parse(quickstart.get_config(words).to_dict()), devices=1)
+    check(parse(quickstart.get_config(words).to_dict()), 1, 1)
 
 
 @pytest.mark.parametrize(("scale", "kept"), [("", ("rl@8", "rl@16")), (",smoke", ("rl@2",))])

@@ -251,7 +251,7 @@ def real(judge, tmp_path_factory):
     arms = {"low": {}, "cold": {"evaluation.sampling.temperature": 0.0}}
     flags = sweep_flags(judge, folder, arms, ("ground_truth_good/rl", "kl/rl_vs_sft"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+        patch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
         assert sweep.main(["sweep", *flags, "--config.seeds=0,"]) == 0
     return folder / "sweep"
 
@@ -267,7 +267,7 @@ def test_real_stages_work_in_shared_folders(real):
 
 
 def test_the_other_commands_read_a_cell_as_a_run(real, judge, capfd, monkeypatch):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     cells = [real / "cells" / arm / "seed0" for arm in ("low", "cold")]
     assert compare.main(["compare", *map(str, cells)]) == 0
     assert "| `kl/rl_vs_sft` |" in capfd.readouterr().out
@@ -278,7 +278,7 @@ def test_the_other_commands_read_a_cell_as_a_run(real, judge, capfd, monkeypatch
 
 @pytest.mark.slow
 def test_a_cell_interrupted_in_the_middle_of_rl_ends_as_a_run_of_its_own(judge, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     flags = sweep_flags(judge, tmp_path, figures=("kl/rl_vs_sft",))
     steps = []
 

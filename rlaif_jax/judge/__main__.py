@@ -2,7 +2,6 @@
 
 import sys
 
-import jax
 from absl import flags
 from etils import epath
 
@@ -40,9 +39,8 @@ def _main(argv: list[str]) -> int:
         raise UserError("--prompt, --a and --b must be texts in UTF-8")
     run = open_run(with_seed(parse(options.config.to_dict()), None), epath.Path("."))
     pair = _pair(run.config, texts, options.principle)
-    with jax.set_mesh(run.placement.mesh):
-        judge = load_judge(run.config.judge, run.config.seed, run.placement)
-        (judgement,) = judge_pairs(judge, [pair])
+    judge = load_judge(run.config.judge, run.config.seed, run.judge_placement)
+    (judgement,) = judge_pairs(judge, [pair])
     print_judgement(judge, pair, judgement)
     return 0 if judgement.status == "ok" else 1
 

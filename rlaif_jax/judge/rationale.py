@@ -41,7 +41,7 @@ class Reasoner:
     template: Template
     verdict: Tree  # what follows a rationale: the questions and the choices
     choices: Sequence[Tokens]
-    key: jax.Array
+    seed: int
 
     @property
     def tokens_after(self) -> int:
@@ -70,7 +70,7 @@ def make_reasoner(
         scorer.prefix,
     )
     verdict = grow(texts_to_tokens(tokenizer, _questions(template)), choices)
-    return Reasoner(sampler, config.samples, tokenizer, template, verdict, choices, jax.random.key(seed))
+    return Reasoner(sampler, config.samples, tokenizer, template, verdict, choices, seed)
 
 
 def _questions(template: Template) -> list[str]:
@@ -101,7 +101,7 @@ def reason(
         asked=jax.device_put(np.array(verdict.asked_token, np.int32), sampler.placement.whole),
         eos=sampler.stopping.eos_token_ids,
     )
-    for row, reply in sample(sampler, prompts, reasoner.key, row_ids, conclude=conclude):
+    for row, reply in sample(sampler, prompts, jax.random.key(reasoner.seed), row_ids, conclude=conclude):
         text = reasoner.tokenizer.decode(reply.tokens, skip_special_tokens=True)
         stops, count = reasoner.template.reasoning.stop, len(reasoner.template.questions)
         scores = sum_by_choice(reply.conclusion, (1 + len(stops)) * count, reasoner.choices)

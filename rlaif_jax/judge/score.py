@@ -99,6 +99,10 @@ class Judge:
             "template_hash": self.template.digest,
         }
 
+    def on_its_mesh(self):
+        """The context of the judge's programs: its mesh is not that of the stage which asks it."""
+        return jax.set_mesh(self.scorer.placement.mesh)
+
     @property
     def samples(self) -> int:
         """Rationales a prompt."""
@@ -134,7 +138,7 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
 
 
 def make_judge(config: JudgeConfig, judge_model: JudgeModel, seed: int, placement: Placement) -> Judge:
-    """A model with the template that it judges by, the preamble read.
+    """A model with the template that it judges by, the preamble read. Its parameters lie on the mesh of judges.
 
     Raises UserError where the choices can't be told apart, and where the preamble leaves no room for a pair.
     """
@@ -147,9 +151,10 @@ def make_judge(config: JudgeConfig, judge_model: JudgeModel, seed: int, placemen
     preamble = _shared_tokens(tokenizer, template)
     stacked = LanguageModel(dataclasses.replace(judge_model.shape, dtype=config.dtype, attention=config.attention))
     # Layers of their own are 1.2 times as fast as stacked ones, of which each call cuts copies (measured on a CPU).
-    params = decoding_parameters(stacked, judge_model.params, placement)
     model = decoding_model(stacked)
-    prefix = read_prefix(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
+    with jax.set_mesh(placement.mesh):
+        params = decoding_parameters(stacked, judge_model.params, placement)
+        prefix = read_prefix(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
     jax.block_until_ready((params, prefix))  # a process that ends in the middle of it, with nothing to judge, crashes
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
     reasoner = None
@@ -227,17 +232,18 @@ def answer_pairs(
     shape = (len(pairs), 2, judge.samples, len(judge.template.questions), len(judge.choices))
     answers = Answers(np.full(shape, np.nan), lengths, fits, {})
     wanted = {i: None for i, pair in enumerate(pairs) if fits[i] and pair.response_a != pair.response_b}
-    if judge.reasoner:
-        sides = [(i, side) for i in wanted for side in (0, 1)]
-        prompts, numbers = [rests[i][side] for i, side in sides], [2 * ids[i] + side for i, side in sides]
-        for prompt, sample, text, scores in reason(judge.reasoner, prompts, numbers):
-            answers.logprobs[sides[prompt]][sample] = scores
-            answers.rationales.setdefault(sides[prompt], [""] * judge.samples)[sample] = text
-            on_prompts(1 / judge.samples)
-    else:
-        for chosen, scores in _score(judge, pairs, wanted, rests, plan):
-            answers.logprobs[chosen, :, 0] = scores
-            on_prompts(2 * len(chosen))
+    with judge.on_its_mesh():
+        if judge.reasoner:
+            sides = [(i, side) for i in wanted for side in (0, 1)]
+            prompts, numbers = [rests[i][side] for i, side in sides], [2 * ids[i] + side for i, side in sides]
+            for prompt, sample, text, scores in reason(judge.reasoner, prompts, numbers):
+                answers.logprobs[sides[prompt]][sample] = scores
+                answers.rationales.setdefault(sides[prompt], [""] * judge.samples)[sample] = text
+                on_prompts(1 / judge.samples)
+        else:
+            for chosen, scores in _score(judge, pairs, wanted, rests, plan):
+                answers.logprobs[chosen, :, 0] = scores
+                on_prompts(2 * len(chosen))
     return answers
 
 
@@ -294,7 +300,9 @@ def rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.n
     trees = [grow([rests[i]], judge.choices) for i in fitting]
     asked = sum(map(len, judge.choices))
     ratings = np.full(len(rests), np.nan)
-    for tree, logprobs in score_trees(judge.scorer, trees, _ladder(judge.config), asked):
+    with judge.on_its_mesh():
+        answers = list(score_trees(judge.scorer, trees, _ladder(judge.config), asked))
+    for tree, logprobs in answers:
         scores = exclusive(sum_by_choice(logprobs, 1, judge.choices), judge.choices)[0]
         if not np.any(np.isnan(scores)) and np.isfinite(scores.max()):
             ratings[fitting[tree]] = rating(normalise(scores))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rlaif_jax.parallel.mesh import RULES, partition_spec
+from rlaif_jax.parallel.mesh import RULES, partition_spec, platform
 
 MASKED = -1e30  # finite, so that a query with nothing to attend to gives no NaN
 IMPLEMENTATIONS = ("auto", "plain", "cudnn", "splash")
@@ -54,11 +54,11 @@ def choose_implementation(implementation: str, query: jax.Array, blocks: list[Bl
     """
     if implementation != "auto":
         return "plain" if implementation == "splash" and not _splash_fits(query, blocks) else implementation
-    platform, head_dim = jax.default_backend(), query.shape[-1]
+    here, head_dim = platform(), query.shape[-1]
     half = query.dtype in (jnp.bfloat16, jnp.float16) and all(block.key_scale is None for block in blocks)
-    if platform == "gpu" and query.shape[1] > 1 and half and head_dim % 8 == 0 and head_dim <= 128:
+    if here == "gpu" and query.shape[1] > 1 and half and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "splash" if platform == "tpu" and _splash_fits(query, blocks) else "plain"
+    return "splash" if here == "tpu" and _splash_fits(query, blocks) else "plain"
 
 
 def _plain_in_parts(query: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +141,7 @@ def _splash_rows(query, key, value, segment_ids):
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=OUTPUT_NAME,
-        interpret=jax.default_backend() != "tpu",
+        interpret=platform() != "tpu",
     )
 
     def row(query, key, value, segment_ids):

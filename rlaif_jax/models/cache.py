@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlaif_jax.parallel.mesh import constrain
+
 INT8_LARGEST = 127
 
 
@@ -36,8 +38,13 @@ def empty_cache(like: KVCache, batch: int, slots: int) -> KVCache:
     def empty(x):
         return jnp.zeros((batch, slots, *x.shape[2:]), x.dtype)
 
-    layers = tuple(jax.tree.map(empty, layer) for layer in like.layers)
+    layers = tuple(split_rows(jax.tree.map(empty, layer)) for layer in like.layers)
     return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+
+def split_rows(layer: LayerCache) -> LayerCache:
+    """The same, split over devices by rows and heads: left to the compiler, each device may hold all of it."""
+    return jax.tree.map(lambda x: constrain(x, *("batch", None, "kv_heads", None)[: x.ndim]), layer)
 
 
 def append(cache: LayerCache, new: LayerCache, slot: jax.Array) -> LayerCache:

@@ -56,6 +56,11 @@ def place_parameters(model: nn.Module, parameters, placement: Placement):
     return jax.tree.map(jax.device_put, parameters, shardings)
 
 
+def move_parameters(model: nn.Module, parameters, placement: Placement):
+    """Parameters of a model that lie on another mesh of the same devices, on this one."""
+    return jax.device_put(parameters, placement.parameters(model))
+
+
 def parameters_hash(parameters) -> str:
     """xxh3 of names and bytes of a tree of arrays: the same for the same values, wherever they lie."""
     digest = xxhash.xxh3_64()
@@ -84,11 +89,22 @@ def decoding_parameters(model: LanguageModel, parameters, placement: Placement):
 
     They are in the dtype of the computation, so that a token reads no more bytes than it must.
     """
-    return _to_decoding(model, placement)(parameters)
+    return to_decoding(model, placement)(parameters)
+
+
+def abstract_decoding_parameters(model: LanguageModel, placement: Placement):
+    """Shapes, dtypes and shardings of what `decoding_parameters` gives."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(to_decoding(model, placement), abstract_parameters(model, placement)),
+        placement.parameters(decoding_model(model), DECODE_RULES),
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _to_decoding(model: LanguageModel, placement: Placement):
+def to_decoding(model: LanguageModel, placement: Placement):
+    """The program of `decoding_parameters`."""
+
     def move(parameters):
         decoder = dict(parameters["decoder"])
         stacked = decoder.pop("layers")

@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+OFFLOADED = ("reference", "reward_model", "judge")  # the roles whose parameters may wait in host memory
 
 # What each logical axis of a weight or an activation is split over. Weights are split over `fsdp`
 # along the model width and over `tensor` along heads, MLP width and vocabulary; activations are
@@ -31,31 +33,79 @@ DECODE_RULES: Rules = {**RULES, "embed": ()}
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class AxesConfig:
     """Devices along each mesh axis; -1 (at most once) takes all devices that are left."""
 
     data: int
     fsdp: int
     tensor: int
+    sequence: int
     # Logical axes that may stay whole where their mesh axis does not divide them (SmolLM2: 9 heads).
     replicated: tuple[str, ...]
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of all devices. Raises ValueError where the sizes do not multiply to the device count."""
-    devices = jax.device_count()
-    sizes = [config.data, config.fsdp, config.tensor]
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(AxesConfig):
+    """The mesh of all devices, on which policy, reference, value network and reward model live, and that of judges."""
+
+    slices: int  # TPU slices, or groups of GPU nodes with slower links between them; `data` is split over them first
+    offload: tuple[str, ...]  # of OFFLOADED: whose parameters wait in host memory between uses
+    judge: AxesConfig  # of the devices of one process: each labels rows of its own
+
+
+def make_mesh(config: AxesConfig, devices: Sequence | None = None) -> Mesh:
+    """The mesh of all devices, or of these, which may be those of an ahead-of-time topology.
+
+    A slice holds consecutive devices. On TPUs the axes follow the wires within it.
+    Raises ValueError where the sizes do not multiply to the device count, and for slices that do not fit.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ValueError(f"mesh sizes must be positive, with at most one -1: {config}")
+        raise ValueError(f"mesh sizes must be positive, with at most one -1: {sizes} of {', '.join(MESH_AXES)}")
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(devices // known, 1)
-    if math.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(
-            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} "
-            f"devices, but there are {devices}: change config.mesh"
+            f"a mesh of {shape} needs {math.prod(sizes)} devices, but there are {len(devices)}: change its sizes"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    slices = config.slices if isinstance(config, MeshConfig) else 1
+    shape = sizes[0] // slices, *sizes[1:]
+    # Slices are along `data`, and nothing else is: what is summed over them is a gradient, once a step.
+    blocks = [
+        mesh_utils.create_device_mesh(shape, block, allow_split_physical_axes=True)
+        for block in _slices(devices, slices, sizes[0])
+    ]
+    return Mesh(np.concatenate(blocks), MESH_AXES)
+
+
+def _slices(devices: list, count: int, data: int) -> list[list]:
+    """The devices of each slice. Devices that name no slices are in one, or in consecutive blocks of equal size."""
+    devices = sorted(devices, key=_slice_index)
+    named = len({_slice_index(device) for device in devices})
+    if devices[0].platform == "tpu" and named != count:
+        raise ValueError(f"slices={count}, but the devices are in {named}: set slices={named}")
+    if count < 1 or data % count:
+        raise ValueError(f"slices={count} must divide data={data}, which is split over slices first")
+    size = len(devices) // count
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
+
+
+def _slice_index(device) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many groups of devices a batch is split: what its rows must be a multiple of."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def platform() -> str:
+    """What a program is traced for, "cpu", "gpu" or "tpu": the ambient mesh's devices, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def partition_spec(
@@ -84,7 +134,7 @@ def partition_spec(
             if name not in replicated:
                 raise ValueError(
                     f"logical axis {name!r} has size {size}, which mesh axes {mesh_axes} ({ways} ways) do "
-                    f"not divide: change config.mesh, or list {name!r} in config.mesh.replicated"
+                    f"not divide: change the mesh's sizes, or list {name!r} in its `replicated`"
                 )
             mesh_axes = ()
         for axis in mesh_axes:

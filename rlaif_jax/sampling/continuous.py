@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.models.cache import KVCache, empty_cache
+from rlaif_jax.models.cache import KVCache, empty_cache, split_rows
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.sampling.buckets import bucket_of, length_buckets
@@ -114,7 +114,7 @@ def sample(
             occupants |= dict(zip(taken, rows, strict=True))
             ids = [row_ids[row] for row in rows]
             slots = _refill(sampler, slots, [prompts[i] for i in chosen], buckets, taken, ids, read, key)
-        slots = _advance(sampler.model, sampler.parameters, slots, sampler.prefixes, sampler.stopping,
+        slots = advance(sampler.model, sampler.parameters, slots, sampler.prefixes, sampler.stopping,
                          sampling=sampler.sampling, chunk=config.chunk)  # fmt: skip
         yield from finished  # the caller's work on them goes on while the device decodes
         finished = _collect(slots, occupants, conclude)
@@ -151,12 +151,12 @@ def _refill(sampler, slots, prompts, buckets, taken, row_ids, read, key) -> Slot
     where = np.array([*taken, *nowhere], np.int32)
     ids = np.array([*row_ids] + [0] * len(nowhere), np.int32)
     arrays = jax.device_put((tokens, mask, where, ids), sampler.placement.whole)
-    return _insert(sampler.model, sampler.parameters, slots, sampler.prefixes, sampler.stopping, *arrays, key,
+    return insert(sampler.model, sampler.parameters, slots, sampler.prefixes, sampler.stopping, *arrays, key,
                    sampling=sampler.sampling, cache_dtype=sampler.cache_dtype)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "cache_dtype"), donate_argnames="slots")
-def _insert(
+def insert(
     model, parameters, slots: Slots, prefixes, stopping, tokens, mask, where, row_ids, key, *, sampling, cache_dtype
 ) -> Slots:
     """Prompts [read, length] into the slots `where` [rows], rows / read consecutive ones for each prompt."""
@@ -175,13 +175,14 @@ def _insert(
     replies = jax.tree.map(put, old.replace(cache=None), new)
     cache = cache.replace(mask=cache.mask.at[where].set(False, mode="drop"))
     layers = jax.tree.map(lambda old, x: put(old, copied(x)), slots.prompts.layers, prompt.layers)
+    layers = tuple(map(split_rows, layers))
     padded = jnp.pad(copied(mask), ((0, 0), (0, slots.prompts.mask.shape[1] - mask.shape[1])))
     prompts = slots.prompts.replace(layers=layers, mask=put(slots.prompts.mask, padded))
     return Slots(replies.replace(cache=cache), prompts)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "chunk"), donate_argnames="slots")
-def _advance(model, parameters, slots: Slots, prefixes, stopping, *, sampling, chunk: int) -> Slots:
+def advance(model, parameters, slots: Slots, prefixes, stopping, *, sampling, chunk: int) -> Slots:
     """Up to `chunk` tokens more in every slot."""
 
     def step(carry):
@@ -197,12 +198,13 @@ def _empty(sampler: Sampler, prompt_length: int) -> Slots:
     config, limit = sampler.config, sampler.max_new_tokens
     # A reply that ends early in a chunk keeps its slot to the chunk's end: room that nothing of it is written over.
     shape = config.slots, prompt_length, limit, limit + config.chunk - 1
-    return _empty_slots(sampler.model, sampler.parameters, sampler.prefixes, sampler.stopping, shape,
+    return empty_slots(sampler.model, sampler.parameters, sampler.prefixes, sampler.stopping, shape,
                         sampler.cache_dtype)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "shape", "cache_dtype"))
-def _empty_slots(model, parameters, prefixes, stopping, shape: tuple[int, int, int, int], cache_dtype: str) -> Slots:
+def empty_slots(model, parameters, prefixes, stopping, shape: tuple[int, int, int, int], cache_dtype: str) -> Slots:
+    """Slots without occupants. shape: how many, tokens of a prompt and of a reply, tokens kept of a reply."""
     rows, prompt_length, limit, kept = shape
     token = jnp.zeros((1, 1), jnp.int32)
     like = jax.eval_shape(lambda: prefill(model, parameters, token, token, prefixes, cache_dtype)[1])

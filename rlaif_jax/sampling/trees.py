@@ -15,7 +15,7 @@ import numpy as np
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel, unembedding
-from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.parallel.mesh import batch_ways, shard_batch
 from rlaif_jax.sampling.buckets import bucket_of
 
 Tokens = Sequence[int]
@@ -88,13 +88,13 @@ def score_trees(
     While the caller works on one batch, the device scores the next.
     """
     mesh = scorer.placement.mesh
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = batch_ways(mesh)
     prefixes = () if scorer.prefix is None else (scorer.prefix,)
     waiting: tuple[list[int], jax.Array] | None = None
     for length, chosen in _batches([len(tree) for tree in trees], buckets, scorer.batch_tokens, devices):
-        rows = _rows(length, scorer.batch_tokens, devices)
+        rows = rows_of_batch(length, scorer.batch_tokens, devices)
         arrays = shard_batch(_lay_out([trees[i] for i in chosen], rows, length, asked), mesh)
-        scores = _tree_logprobs(scorer.model, scorer.params, prefixes, *arrays)
+        scores = tree_logprobs(scorer.model, scorer.params, prefixes, *arrays)
         if waiting:
             yield from _fetch(trees, *waiting)
         waiting = chosen, scores
@@ -107,7 +107,7 @@ def _fetch(trees: Sequence[Tree], chosen: list[int], scores: jax.Array) -> Itera
         yield i, row[: len(trees[i].asked_token)]
 
 
-def _rows(length: int, batch_tokens: int, devices: int) -> int:
+def rows_of_batch(length: int, batch_tokens: int, devices: int) -> int:
     """How many rows of a length make a batch: a multiple of the devices, at least one on each."""
     return max(batch_tokens // (length * devices), 1) * devices
 
@@ -121,7 +121,7 @@ def _batches(
         members.setdefault(bucket_of(lengths[i], buckets), []).append(i)
     left: list[int] = []
     for bucket in sorted(members):
-        rows, left = _rows(bucket, batch_tokens, devices), left + members[bucket]
+        rows, left = rows_of_batch(bucket, batch_tokens, devices), left + members[bucket]
         while len(left) >= rows or (left and bucket == max(members)):
             yield bucket, left[:rows]
             left = left[rows:]
@@ -140,7 +140,7 @@ def _lay_out(trees: Sequence[Tree], rows: int, length: int, asked: int) -> tuple
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _tree_logprobs(model, params, prefixes, tokens, positions, ends, asked_after, asked_token) -> jax.Array:
+def tree_logprobs(model, params, prefixes, tokens, positions, ends, asked_after, asked_token) -> jax.Array:
     """[rows, length] trees and [rows, asked] questions. Returns the answers' log-probs, [rows, asked] float32."""
     before = sum(prefix.slots for prefix in prefixes)
     hidden, _ = model.apply(

@@ -63,7 +63,7 @@ def run_evaluation(run: Run) -> None:
 
 def _labeller(run: Run) -> Labeller:
     """The judge that evaluates."""
-    judge = load_judge(run.config.judge, run.config.seed, run.placement)
+    judge = load_judge(run.config.judge, run.config.seed, run.judge_placement)
     label = functools.partial(store.label, judge)
     if not judge.template.by_principle:
         return label
@@ -92,7 +92,7 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
         columns[name] = replies.texts
         measured_columns: dict[str, list] = {}
         for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
-            measured = _measure(model, scalar_model, params, sft, reward_model, batch, config.sampling.temperature)
+            measured = measure(model, scalar_model, params, sft, reward_model, batch, config.sampling.temperature)
             for column, values in measured.items():
                 measured_columns.setdefault(f"{column}/{name}", []).extend(np.asarray(values, float)[:rows].tolist())
         columns |= measured_columns
@@ -110,7 +110,7 @@ def _shards(run: Run, policy: str) -> epath.Path:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "scalar_model", "temperature"))
-def _measure(
+def measure(
     model: LanguageModel,
     scalar_model: ScalarModel,
     params,

@@ -116,7 +116,7 @@ def _rated(run: Run, kind: str, prompts: list[str], responses: list[str]) -> lis
     @functools.cache
     def judge() -> Judge:  # not loaded where all ratings are there
         return load_judge(
-            dataclasses.replace(run.config.judge, prompt=_prompt(run, kind)), run.config.seed, run.placement
+            dataclasses.replace(run.config.judge, prompt=_prompt(run, kind)), run.config.seed, run.judge_placement
         )
 
     def compute(rows: list[int]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from rlaif_jax.judge import store
 from rlaif_jax.judge.constitution import Principle
 from rlaif_jax.judge.prompts import Pair, text_hash
 from rlaif_jax.judge.score import POLICY, Judge, JudgeModel, load_judge, make_judge
-from rlaif_jax.models.parameters import parameters_hash
+from rlaif_jax.models.parameters import move_parameters, parameters_hash
 from rlaif_jax.stages.folders import name_in_round
 from rlaif_jax.stages.joined import joined, numbers
 from rlaif_jax.stages.principles import Labeller, by_principles
@@ -27,7 +27,7 @@ def labeller(run: Run, principles: Sequence[Principle], seed: int) -> Labeller:
     if run.config.panel.judges:
         label = functools.partial(label_by_panel, run)
     else:
-        label = functools.partial(store.label, load_judge(run.config.judge, run.config.seed, run.placement))
+        label = functools.partial(store.label, load_judge(run.config.judge, run.config.seed, run.judge_placement))
     return by_principles(run, label, principles, seed) if principles else label
 
 
@@ -36,11 +36,12 @@ def member(run: Run, name: str) -> Judge:
     config = run.config.panel.judges[name]
     with blame(f"panel.judges.{name}"):
         if config.weights != POLICY:
-            return load_judge(config, run.config.seed, run.placement)
+            return load_judge(config, run.config.seed, run.judge_placement)
         begun, stage = run.start()
-        params, title = run.start_params(), f"{POLICY} after {name_in_round(stage, begun.round)}"
+        params = move_parameters(run.language_model(), run.start_params(), run.judge_placement)
+        title = f"{POLICY} after {name_in_round(stage, begun.round)}"
         model = JudgeModel(title, parameters_hash(params), run.model_config(), params, run.tokenizer())
-        return make_judge(config, model, run.config.seed, run.placement)
+        return make_judge(config, model, run.config.seed, run.judge_placement)
 
 
 def label_by_panel(

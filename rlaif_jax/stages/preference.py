@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pyarrow as pa
 from flax import struct
 
@@ -35,7 +36,7 @@ from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.sequences import Sequences, response_logprobs
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
-from rlaif_jax.training.step import train_step
+from rlaif_jax.training.step import compiled_step
 
 
 class PreferenceBatch(struct.PyTreeNode):
@@ -62,9 +63,7 @@ def run_preference(run: Run) -> None:
     config, model = run.config.preference, run.language_model()
     reference = run.start_params()
     optimizer = make_optimizer(config.optimizer, config.steps)
-    loss = functools.partial(loss_of_pairs, model=model, config=config)
-    step_fn = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
-    step_fn = jax.jit(step_fn, donate_argnums=0)
+    step_fn = step_function(model, optimizer, config)
     make_step = (_online if config.online else _offline)(run, model, reference)
 
     def next_step(state: TrainState, step: int):
@@ -80,6 +79,14 @@ def run_preference(run: Run) -> None:
         next_step,
         functools.partial(_watch, config.max_unscored_rate),
     )
+
+
+def step_function(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: PreferenceConfig
+) -> jax.stages.Wrapped:
+    """(state, PreferenceBatch) -> (state, metrics)."""
+    loss = functools.partial(loss_of_pairs, model=model, config=config)
+    return compiled_step(loss, optimizer, config.micro_batches)
 
 
 def loss_of_pairs(params, batch: PreferenceBatch, model: LanguageModel, config: PreferenceConfig):
@@ -115,7 +122,7 @@ def _total_logprobs(model: LanguageModel, params, sequences: Sequences, temperat
     return jnp.sum(response_logprobs(model, params, sequences, temperature), axis=1)
 
 
-_reference_logprobs = jax.jit(_total_logprobs, static_argnums=(0, 3))
+reference_logprobs = jax.jit(_total_logprobs, static_argnums=(0, 3))
 
 
 def _lengths(sequences: Sequences) -> jax.Array:
@@ -147,7 +154,7 @@ def _stored_reference(run: Run, model: LanguageModel, reference, pairs: Comparis
         columns = {}
         for name in ("a", "b"):
             found = [
-                np.asarray(_reference_logprobs(model, reference, batch, config.sampling.temperature))[:rows]
+                np.asarray(reference_logprobs(model, reference, batch, config.sampling.temperature))[:rows]
                 for rows, batch in padded_batches(getattr(pairs, name), config.batch_size, run.placement)
             ]
             columns[f"ref_logprob_{name}"] = np.concatenate(found)
@@ -164,14 +171,14 @@ def _online(run: Run, model: LanguageModel, reference):
     rollouts = Rollouts(
         run, "preference", config.batch_size, 2, config.sampling, "preference.batch_size", one_shape=False
     )
-    judge = load_judge(run.config.judge, run.config.seed, run.placement)
+    judge = load_judge(run.config.judge, run.config.seed, run.judge_placement)
     plan = live_plan(judge)
     principles = comparison_principles(run, "preference") if judge.template.by_principle else []
 
     def step_of(params, step: int) -> Step:
         sampled = rollouts.sample(params, step).sequences
         sides = [jax.tree.map(lambda x, side=side: x[side::2], sampled) for side in (0, 1)]
-        references = [_reference_logprobs(model, reference, side, config.sampling.temperature) for side in sides]
+        references = [reference_logprobs(model, reference, side, config.sampling.temperature) for side in sides]
         host = jax.device_get(sampled)
         texts = decode_responses(tokenizer, host.responses, host.response_mask)
         prompts = rollouts.prompts(step)[::2]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from scipy import optimize, stats
 
 from rlaif_jax.config import RewardModelConfig
@@ -65,16 +66,7 @@ def run_reward_model(run: Run) -> None:
     ]
     labels = _labels_by_member(config, table, comparisons.prob_a)
 
-    def step_of_one(model: ScalarModel, state: TrainState, batch: Comparisons):
-        loss = functools.partial(reward_loss, model=model, config=config)
-        return train_step(state, batch, loss, optimizer, config.micro_batches)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step_fn(state: TrainState, batches: list[Comparisons]):
-        state, metrics = over_members(step_of_one, model, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
-        counts = ("skipped", "skipped_updates")
-        return state, {name: jnp.sum(x) if name in counts else jnp.mean(x) for name, x in metrics.items()}
-
+    step_fn = step_function(model, optimizer, config)
     abstract = side_by_side(abstract_state(model, optimizer, run.placement), config.members)
 
     def init() -> TrainState:
@@ -100,6 +92,24 @@ def run_reward_model(run: Run) -> None:
     loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates)
     state = train(run.folder("reward_model"), loop, abstract, init, next_step)
     _finish(run, state.params, table, comparisons)
+
+
+def step_function(
+    model: ScalarModel, optimizer: optax.GradientTransformation, config: RewardModelConfig
+) -> jax.stages.Wrapped:
+    """(state of all members, a batch of each) -> (state, metrics), compiled; the state is donated."""
+
+    def step_of_one(model: ScalarModel, state: TrainState, batch: Comparisons):
+        loss = functools.partial(reward_loss, model=model, config=config)
+        return train_step(state, batch, loss, optimizer, config.micro_batches)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batches: list[Comparisons]):
+        state, metrics = over_members(step_of_one, model, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
+        counts = ("skipped", "skipped_updates")
+        return state, {name: jnp.sum(x) if name in counts else jnp.mean(x) for name, x in metrics.items()}
+
+    return step
 
 
 def split_rows(config: RewardModelConfig, pairs: Sequence[int]) -> tuple[range, slice]:

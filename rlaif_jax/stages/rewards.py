@@ -196,7 +196,7 @@ def _load(run: Run, config: ScorersConfig, group: str, judge_config: JudgeConfig
     judge, verifier = None, None
     if config.judge:
         judge = load_judge(
-            dataclasses.replace(judge_config, prompt=config.judge_prompt), run.config.seed, run.placement
+            dataclasses.replace(judge_config, prompt=config.judge_prompt), run.config.seed, run.judge_placement
         )
     if config.verifier:
         verifier = _verifier(run, config, group)

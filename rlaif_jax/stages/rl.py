@@ -6,7 +6,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from rlaif_jax.config import RLConfig
 from rlaif_jax.data.encoding import decode_responses
 from rlaif_jax.data.packing import PackedRows, lay_out
 from rlaif_jax.errors import UserError
@@ -38,18 +40,8 @@ def run_rl(run: Run) -> None:
     reward_model = load_reward_model(run) if config.rewards.reward_model else None
     text_rewards, gold, demonstrations = load_rewards(run), load_gold(run), _demonstrations(run)
 
-    updates = config.steps * config.epochs * config.minibatches
-    optimizer = make_optimizer(config.optimizer, updates)
-    value_optimizer = make_optimizer(config.value_optimizer, updates)
-    update_fn = functools.partial(
-        update,
-        model=model,
-        scalar_model=scalar_model,
-        config=config,
-        optimizer=optimizer,
-        value_optimizer=value_optimizer,
-    )
-    update_fn = jax.jit(update_fn, donate_argnums=0)
+    optimizer, value_optimizer = optimizers(config)
+    update_fn = update_function(run)
     zeros = shard_batch(np.zeros(config.batch_size, np.float32), mesh)
 
     def init() -> RLState:
@@ -94,14 +86,41 @@ def run_rl(run: Run) -> None:
 
         return state, metrics | text_metrics | update_metrics, shown
 
-    begin = abstract_state(model, optimizer, run.placement)
-    value = abstract_state(scalar_model, value_optimizer, run.placement) if config.advantage == "gae" else None
-    pending = _abstract_sampled(run) if config.rollout_lag else None
-    abstract = RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, _abstract_control(run), pending)
     loop = LoopConfig(
         config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates, config.keep_every
     )
-    train(run.folder("rl"), loop, abstract, init, next_step, _Watch(run))
+    train(run.folder("rl"), loop, abstract_rl_state(run), init, next_step, _Watch(run))
+
+
+def optimizers(config: RLConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """The policy's, and the value network's."""
+    updates = config.steps * config.epochs * config.minibatches
+    return make_optimizer(config.optimizer, updates), make_optimizer(config.value_optimizer, updates)
+
+
+def update_function(run: Run) -> jax.stages.Wrapped:
+    """`policy_update.update` of a run, compiled; the state is donated."""
+    config = run.config.rl
+    optimizer, value_optimizer = optimizers(config)
+    update_fn = functools.partial(
+        update,
+        model=run.language_model(),
+        scalar_model=run.scalar_model(),
+        config=config,
+        optimizer=optimizer,
+        value_optimizer=value_optimizer,
+    )
+    return jax.jit(update_fn, donate_argnums=0)
+
+
+def abstract_rl_state(run: Run) -> RLState:
+    """Shapes, dtypes and shardings of the state between two iterations."""
+    config, (optimizer, value_optimizer) = run.config.rl, optimizers(run.config.rl)
+    begin, value = abstract_state(run.language_model(), optimizer, run.placement), None
+    if config.advantage == "gae":
+        value = abstract_state(run.scalar_model(), value_optimizer, run.placement)
+    pending = abstract_sampled(run) if config.rollout_lag else None
+    return RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, _abstract_control(run), pending)
 
 
 class _Watch:
@@ -155,7 +174,8 @@ def _abstract_control(run: Run) -> Control:
     return Control(number, Moments(number, number, number))
 
 
-def _abstract_sampled(run: Run) -> Sampled:
+def abstract_sampled(run: Run) -> Sampled:
+    """Shapes, dtypes and shardings of an iteration's responses."""
     policy, rows = run.config.policy, run.config.rl.batch_size
 
     def array(dtype, *shape):

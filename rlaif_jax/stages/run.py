@@ -29,7 +29,7 @@ from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
-from rlaif_jax.parallel.mesh import make_mesh
+from rlaif_jax.parallel.mesh import batch_ways, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 from rlaif_jax.training.checkpoints import check_whole, restore_params
 from rlaif_jax.training.reward_models import side_by_side
@@ -56,6 +56,12 @@ class Run:
         """Where a stage of this round keeps its files."""
         name = name_in_round(stage, self.round)
         return self.shared.get(name, self.workdir / name)
+
+    @property
+    def judge_placement(self) -> Placement:
+        """Where judges live: on the devices of this process alone, which labels rows of its own."""
+        config = self.config.mesh.judge
+        return Placement(make_mesh(config, jax.local_devices()), config.replicated)
 
     def record(self, stage: str) -> epath.Path:
         """The file that says under which config a stage was begun, and whether it is done."""
@@ -166,13 +172,15 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     """
     with blame("mesh"):
         mesh = make_mesh(config.mesh)
-    check(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    _check_gold(config, workdir)
     run = Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
+    with blame("mesh.judge"):
+        judge_mesh = run.judge_placement.mesh
+    check(config, batch_ways(mesh), batch_ways(judge_mesh))
+    _check_gold(config, workdir)
     with blame("policy.weights"):
         policy = run.model_config()
     check_decoder(policy, config.policy.max_prompt_length + config.policy.max_response_length)
-    models = {"policy": run.language_model()}
+    models, judging = {"policy": run.language_model()}, {}
     judges = {name: (f"{name}.weights", judge.weights, judge.max_length) for name, judge in config.judges.items()}
     if config.rl.gold.judge and config.rl.gold.judge_weights:
         judges["rl.gold.judge"] = ("rl.gold.judge_weights", config.rl.gold.judge_weights, config.judge.max_length)
@@ -188,13 +196,16 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
                 f"(max_position_embeddings) that {weights} can read: lower it, or config.judge.max_length where it "
                 f"follows that{grow}"
             )
-        models[name] = LanguageModel(shape)
+        judging[name] = LanguageModel(shape)
     if "critique" in config.stages and config.critique.weights:
         with blame("critique.weights"):
             models["reviser"] = LanguageModel(gguf.model_config(gguf.open_gguf(config.critique.weights)))
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
+    for name, model in judging.items():
+        with blame(f"mesh.judge does not fit {name}"):
+            run.judge_placement.parameters(model)
     return run
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 
 from rlaif_jax.config import SFTConfig, TrainingConfig
 from rlaif_jax.data import tokenizers
@@ -22,7 +23,7 @@ from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.packed import sft_loss
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
-from rlaif_jax.training.step import train_step
+from rlaif_jax.training.step import compiled_step
 
 
 def run_sft(run: Run) -> None:
@@ -46,9 +47,7 @@ def tune(
     batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed(stage), what, "rows")
     model = run.language_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
-    loss = functools.partial(sft_loss, model=model)
-    step_fn = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=config.micro_batches)
-    step_fn = jax.jit(step_fn, donate_argnums=0)
+    step_fn = step_function(model, optimizer, config)
 
     def next_step(state: TrainState, step: int):
         batch = lay_out([rows[row] for row in batches[step]], row_length)
@@ -64,6 +63,13 @@ def tune(
         lambda: init_state(model, initial(), optimizer, run.placement),
         next_step,
     )
+
+
+def step_function(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: TrainingConfig
+) -> jax.stages.Wrapped:
+    """(state, PackedRows) -> (state, metrics)."""
+    return compiled_step(functools.partial(sft_loss, model=model), optimizer, config.micro_batches)
 
 
 def demonstration_rows(run: Run) -> list[list[Example]]:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlaif_jax.losses.reward import combine
 from rlaif_jax.models.transformer import ScalarModel
+from rlaif_jax.parallel.mesh import platform
 from rlaif_jax.training.sequences import Sequences, response_rewards
 
 
@@ -78,7 +79,7 @@ def over_members(function: Callable, model: ScalarModel, *trees):
     if jax.tree.leaves(trees)[0].shape[0] == 1:
         result = function(model, *jax.tree.map(lambda x: x[0], trees))
         return jax.tree.map(lambda x: x[None], result)
-    if jax.default_backend() == "gpu" or model.config.attention == "cudnn":
+    if platform() == "gpu" or model.config.attention == "cudnn":
         model = ScalarModel(dataclasses.replace(model.config, attention="plain"))
     return jax.vmap(functools.partial(function, model))(*trees)
 

@@ -1,5 +1,6 @@
 """The one train step: a loss that is a sum, divided by its weight, then an optimizer update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,12 @@ def train_step(
     state = TrainState(state.step + 1 - skipped, params, opt_state, state.skipped + skipped)
     norms = {"grad_norm": grad_norm, "param_norm": optax.tree.norm(params)}
     return state, metrics | norms | {"loss": value, "skipped": skipped, "skipped_updates": state.skipped}
+
+
+def compiled_step(loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int) -> jax.stages.Wrapped:
+    """(state, batch) -> (state, metrics): `train_step`, compiled; the state is donated."""
+    step = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=micro_batches)
+    return jax.jit(step, donate_argnums=0)
 
 
 def _loss_and_gradient(params, batch, loss: Loss, parts: int) -> tuple[jax.Array, dict[str, jax.Array], Any]:

@@ -12,8 +12,8 @@ from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import answer_pairs, judge_pairs, plan_judging
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel
-from rlaif_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.helpers import full_logits
+from rlaif_jax.parallel.mesh import make_mesh
+from tests.helpers import axes, eight_device_mesh, full_logits
 from tests.judge.conftest import LONG, PAIRS, judge_with
 
 TEMPLATE = {
@@ -112,9 +112,8 @@ def test_rationales_are_kept_in_the_label_file_and_replayed_with_their_own_rando
 
 def test_a_judge_on_eight_devices_reasons_alike(reasoning):
     expected = judge_pairs(reasoning, PAIRS)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1, replicated=()))
-    with jax.set_mesh(mesh):
-        sharded = judge_pairs(judge_with(reasoning.config, Placement(mesh)), PAIRS)
+    with jax.set_mesh(eight_device_mesh()):  # of the stage that asks
+        sharded = judge_pairs(judge_with(reasoning.config, Placement(make_mesh(axes(fsdp=8)))), PAIRS)
     for one, eight in zip(expected, sharded, strict=True):
         assert one.rationale_forward == eight.rationale_forward
         assert one.verdict.prob_a == pytest.approx(eight.verdict.prob_a, abs=1e-5)

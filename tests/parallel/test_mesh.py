@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rlaif_jax.parallel.mesh import MeshConfig, constrain, make_mesh, parameter_shardings, partition_spec, shard_batch
-from tests.helpers import eight_device_mesh
+from tests.helpers import axes, eight_device_mesh
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def test_each_axis_is_split_by_its_rule(mesh, axes, shape, spec):
 
 
 def test_the_batch_is_split_over_data_and_fsdp():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=1, replicated=()))
+    mesh = make_mesh(axes(data=2, fsdp=4))
     assert partition_spec(("batch", "vocab"), (8, 3), mesh) == P(("data", "fsdp"), None)
 
 
@@ -42,7 +44,7 @@ def test_two_dimensions_of_one_mesh_axis_are_an_error(mesh):
 
 
 def test_an_axis_that_does_not_divide_is_an_error_unless_the_config_lists_it(mesh):
-    with pytest.raises(ValueError, match=r"'heads' has size 9.*config\.mesh"):
+    with pytest.raises(ValueError, match=r"'heads' has size 9.*list 'heads' in its `replicated`"):
         partition_spec(("heads",), (9,), mesh)
     with pytest.raises(ValueError, match="'heads'"):
         partition_spec(("heads",), (9,), mesh, replicated=("vocab",))
@@ -56,16 +58,52 @@ def test_a_weight_without_axes_is_an_error(mesh):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"), [((1, -1, 1), (1, 8, 1)), ((2, 2, -1), (2, 2, 2)), ((-1, 4, 2), (1, 4, 2))]
+    ("sizes", "expected"), [((1, -1, 1), (1, 8, 1, 1)), ((2, 2, -1), (2, 2, 2, 1)), ((-1, 2, 1, 2), (2, 2, 1, 2))]
 )
 def test_minus_one_takes_the_devices_that_are_left(sizes, expected):
-    assert tuple(make_mesh(MeshConfig(*sizes, replicated=())).shape.values()) == expected
+    assert tuple(make_mesh(axes(*sizes)).shape.values()) == expected
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (1, 4, 1), (-1, -1, 1), (0, -1, 1), (-2, 4, 1), (-1, 3, 1), (-1, 16, 1)])
 def test_sizes_that_do_not_give_the_device_count_are_an_error(sizes):
     with pytest.raises(ValueError, match="mesh"):
-        make_mesh(MeshConfig(*sizes, replicated=()))
+        make_mesh(axes(*sizes))
+
+
+@pytest.mark.parametrize(("slices", "data", "fsdp"), [(2, 2, 2), (2, -1, 2), (4, 4, 1), (2, 2, 4)])
+def test_slices_are_consecutive_devices_along_data(slices, data, fsdp):
+    mesh = make_mesh(mesh_config(slices=slices, data=data, fsdp=fsdp, tensor=-1 if data > 0 else 2))
+    of_slice = np.vectorize(lambda device: device.id * slices // 8)(mesh.devices)
+    each = of_slice.reshape(slices, -1)  # data is the first axis, and its blocks are whole slices
+    assert np.array_equal(each, np.repeat(np.arange(slices), 8 // slices).reshape(slices, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a slice."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "none"
+
+
+def test_devices_that_name_their_slice_are_grouped_by_it():
+    chips = [Chip(i, i % 2) for i in range(8)]
+    mesh = make_mesh(mesh_config(slices=2, data=4, fsdp=2), chips)
+    assert [chip.slice_index for chip in mesh.devices.flat] == [0] * 4 + [1] * 4
+
+
+def test_slices_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError, match="slices=4 must divide data=2"):
+        make_mesh(mesh_config(slices=4, data=2, fsdp=4))
+    chips = [Chip(i, i // 4, "tpu") for i in range(8)]
+    with pytest.raises(ValueError, match="slices=1, but the devices are in 2: set slices=2"):
+        make_mesh(mesh_config(slices=1, data=2, fsdp=4), chips)
+
+
+def mesh_config(slices, **sizes):
+    return MeshConfig(**vars(axes(**sizes)), slices=slices, offload=(), judge=axes())
 
 
 def test_constrain_without_a_mesh_is_the_identity():

@@ -79,6 +79,22 @@ def test_replies_do_not_depend_on_the_mesh():
         assert_equal_to_at_once(eight_devices())
 
 
+def test_each_device_holds_the_keys_of_its_own_rows_and_heads():
+    sizes = set()
+
+    def conclude(slots):
+        caches = slots.prompts, slots.replies.cache
+        sizes.update(
+            x.addressable_shards[0].data.size / x.size for cache in caches for x in jax.tree.leaves(cache.layers)
+        )
+        return slots.replies.done
+
+    placement = eight_devices()
+    with jax.set_mesh(placement.mesh):
+        list(sample(sampler(placement), PROMPTS, jax.random.key(3), ROW_IDS, conclude=conclude))
+    assert sizes == {1 / 8}
+
+
 def test_replies_begin_to_come_before_the_last_prompt_is_read():
     replies = sample(sampler(one_device()), PROMPTS, jax.random.key(3), ROW_IDS)
     rows = [row for row, _ in replies]

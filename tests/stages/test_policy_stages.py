@@ -84,7 +84,7 @@ def test_a_policy_learns_from_labels_without_a_reward_model(judge, labelled, tmp
 
 def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, labelled, tmp_path, monkeypatch):
     # Eight threads of a CPU add up in any order.
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     assert main(begun(judge, labelled, tmp_path / "whole", *ONLINE)) == 0
     judge_pairs, calls = preference.judge_pairs, []
 
@@ -107,7 +107,7 @@ def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, label
 
 
 def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     judge_pairs, asked = score.judge_pairs, []
 
     def lost(*arguments):
@@ -130,7 +130,7 @@ def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path
 
 @pytest.mark.slow
 def test_the_best_of_n_is_what_the_policy_is_tuned_on(judge, labelled, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     assert main(begun(judge, labelled, tmp_path / "whole", *BEST)) == 0
     chosen = pq.read_table(tmp_path / "whole" / "best_of_n" / "chosen.parquet").to_pylist()
     assert len(chosen) == 24 and all(row["reward"] >= row["mean_reward"] for row in chosen)

@@ -98,7 +98,7 @@ def kill_at_the_fourth_rollout(monkeypatch):
 
 def test_what_an_iteration_hands_to_the_next_survives_a_kill(judge, sft, tmp_path, monkeypatch):
     # Eight threads of a CPU add up in any order.
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     options = (*OPTIONS, f"--config.rl.rewards.verifier_function={__name__}:verifier", "--stages=rl")
     options += ("--config.rl.rewards.max_unscored_rate=0.9",)
     assert main(flags(judge, sft, tmp_path / "whole", *options)) == 0

@@ -44,7 +44,7 @@ def finished(judge, tmp_path_factory):
     """A whole run of two rounds in which the policy is its own judge, on one device."""
     workdir = tmp_path_factory.mktemp("rounds") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+        patch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
         assert main(flags_of(judge, workdir)) == 0
     return workdir
 
@@ -112,7 +112,7 @@ def test_entropy_is_the_surprise_of_a_token(finished):
 
 
 def test_killed_in_the_second_round_it_goes_on_to_the_same(finished, judge, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     make, made = panel.make_judge, []
 
     def killed(*arguments):
@@ -132,7 +132,7 @@ def test_killed_in_the_second_round_it_goes_on_to_the_same(finished, judge, tmp_
 
 @pytest.fixture
 def copied(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
@@ -186,7 +186,7 @@ def test_labels_of_any_round_are_exported_audited_and_judged_by_workers(finished
     assert audit.main(["audit", *audited]) == 0 == audit.main(["audit", *audited, "--round=2"])
     assert capfd.readouterr().out.count("round 1 of 2 that have labels; --round=K audits another") == 1
     assert "round2/label/preferences.parquet" in (tmp_path / "preferences.audit.html").read_text()
-    monkeypatch.setattr(runs, "make_mesh", lambda config: one_device_mesh())
+    monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     assert main(flags_of(judge, finished, "--stages=round2/label", "--worker=0/2")) == 0
     assert "round2/label: nothing to do" in capfd.readouterr().out
     assert main(flags_of(judge, finished, "--stages=round2/eval", "--worker=0/2")) == 2

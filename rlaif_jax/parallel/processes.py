@@ -1,0 +1,295 @@
+"""The processes of a run: how they find each other, agree, share what they have, and end together.
+
+Every process runs the same program, and does what spans them all (a program over the whole mesh, `barrier`, `agree`,
+`gather`, `stop_point`) as often as the others and in the same order. One process alone is the special case.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+
+# The coordination service that comes with jax.distributed; the public API starts it and gives no access to it.
+from jax._src import distributed as _jax_distributed
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlaif_jax.errors import Stopped, UserError
+from rlaif_jax.parallel.watch import Watch
+
+Value = TypeVar("Value")
+_FLAGS = ("coordinator", "processes", "process")
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_PORT = 8476  # of the coordinator, where the environment names hosts alone
+_START_SECONDS = 300  # in which all processes must have come
+_FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; the watch ends whoever waits for a process that is gone
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which process this is."""
+
+    coordinator: str  # host:port of process 0
+    count: int
+    index: int
+
+
+def place_from(flags: Mapping[str, str], environment: Mapping[str, str]) -> Place | None:
+    """Which of several processes this is; None for one alone.
+
+    From --coordinator, --processes and --process; from the variables of the same meaning; from those of a Slurm step;
+    or from those that a slice of TPUs has on Kubernetes, several slices included. Raises UserError where some are
+    missing or malformed.
+    """
+    by_flag = [flags.get(name) for name in _FLAGS]
+    by_variable = [environment.get(name) for name in _VARIABLES]
+    for values, names in ((by_flag, [f"--{name}" for name in _FLAGS]), (by_variable, _VARIABLES)):
+        if any(values):
+            missing = [name for name, value in zip(names, values, strict=True) if not value]
+            if missing:
+                raise UserError(f"{' and '.join(missing)} missing: {', '.join(names)} are given together")
+            return _place(*values)
+    if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
+        # The job's number spreads jobs that share a node over ports.
+        port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+        address = f"{_first_host(environment['SLURM_STEP_NODELIST'])}:{port}"
+        return _place(address, environment["SLURM_NTASKS"], environment["SLURM_PROCID"])
+    if "TPU_WORKER_HOSTNAMES" in environment and "TPU_WORKER_ID" in environment:
+        hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
+        slices, slice_index = (int(environment.get(f"MEGASCALE_{name}", i)) for name, i in _SLICES)
+        first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).split(":")[0]
+        index = slice_index * len(hosts) + int(environment["TPU_WORKER_ID"])
+        return _place(f"{first}:{_PORT}", str(slices * len(hosts)), str(index))
+    return None
+
+
+_SLICES = (("NUM_SLICES", 1), ("SLICE_ID", 0))
+
+
+def _place(coordinator: str, count: str, index: str) -> Place | None:
+    if not re.fullmatch(r"\S+:\d+", coordinator):
+        raise UserError(f"coordinator {coordinator!r} must be HOST:PORT of process 0")
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise UserError(
+            f"process {index!r} of {count!r} processes: they are numbered from 0 to one less than their count"
+        )
+    return Place(coordinator, int(count), int(index)) if int(count) > 1 else None
+
+
+def _first_host(nodes: str) -> str:
+    """The first of Slurm's list, such as node[003-007,12],other."""
+    name, bracket, rest = re.fullmatch(r"([^,\[]*)(\[?)(.*)", nodes).groups()
+    return name + re.match(r"\d*", rest)[0] if bracket else name
+
+
+def take_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without those that say which process this is, and these."""
+    rest, found = [], {}
+    for argument in argv:
+        matched = re.fullmatch(rf"--({'|'.join(_FLAGS)})=(.*)", argument)
+        if matched:
+            found[matched[1]] = matched[2]
+        else:
+            rest.append(argument)
+    return rest, found
+
+
+_watch: Watch | None = None
+
+
+def start(place: Place | None) -> None:
+    """Joins the other processes; before anything that asks for devices. Raises UserError where they do not come.
+
+    Of process 0 alone stdout is shown.
+    """
+    global _watch
+    if place is None:
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # `stop_point` is told of SIGTERM by the watch
+    try:
+        jax.distributed.initialize(
+            place.coordinator, place.count, place.index,
+            cluster_detection_method="deactivate", initialization_timeout=_START_SECONDS,
+        )  # fmt: skip
+    except Exception as error:
+        raise UserError(
+            f"process {place.index} of {place.count} found no others at {place.coordinator} in {_START_SECONDS} s "
+            f"({str(error).splitlines()[0]}): see whether process 0 runs there and may be reached"
+        ) from error
+    _watch = Watch(_client(), place.coordinator, place.index, place.count)
+    _watch.begin()
+    if place.index:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open to the end)
+    atexit.register(_shutdown)
+
+
+def _client():
+    return _jax_distributed.global_state.client
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _watch.count if _watch else 1
+
+
+def index() -> int:
+    """Which one this is, from 0 on."""
+    return _watch.index if _watch else 0
+
+
+def first() -> bool:
+    """Whether this is the one that writes and reports."""
+    return index() == 0
+
+
+_numbers: dict[str, int] = {}
+
+
+def _next(kind: str) -> str:
+    _numbers[kind] = _numbers.get(kind, 0) + 1
+    return f"{kind}/{_numbers[kind]}"
+
+
+def barrier(name: str = "") -> None:
+    """Returns once all processes have come here. name: one of a kind, where it is not the main thread that comes."""
+    if _watch:
+        _client().wait_at_barrier(name or _next("barrier"), _FOREVER)
+
+
+def agree(value: Value) -> Value:
+    """Process 0's value, in all processes: what depends on a file or on the clock is one's to say."""
+    if not _watch:
+        return value
+    key = _next("agree")
+    if first():
+        _client().key_value_set_bytes(key, pickle.dumps(value))
+        return value
+    return pickle.loads(_client().blocking_key_value_get_bytes(key, _FOREVER))
+
+
+def gather(value: Value, name: str = "") -> list[Value]:
+    """The values of all processes, in their order. name: as for `barrier`."""
+    if not _watch:
+        return [value]
+    key, client = name or _next("gather"), _client()
+    client.key_value_set_bytes(f"{key}/{index()}", pickle.dumps(value))
+    barrier(f"{key}/there")
+    found = dict(client.key_value_dir_get_bytes(f"{key}/"))
+    barrier(f"{key}/read")
+    if first():
+        client.key_value_delete(f"{key}/")
+    return [pickle.loads(found[f"{key}/{i}"]) for i in range(count())]
+
+
+def parted(items: Sequence, work: Callable[..., Sequence], *others: Sequence) -> list:
+    """`work(items, *others)`, one result an item, each process on its own run of items; all get all results.
+
+    work: for programs on the devices of one process. others: sequences beside `items`, cut alike.
+    """
+    bounds = np.linspace(0, len(items), count() + 1).astype(int)
+    mine = slice(bounds[index()], bounds[index() + 1])
+    results = list(work(*(each[mine] for each in (items, *others)))) if mine.start < mine.stop else []
+    return [result for part in gather(results) for result in part]
+
+
+def to_host(tree) -> Any:
+    """A tree of arrays as NumPy arrays, whole, whichever processes hold their parts."""
+    if _watch is None:
+        return jax.device_get(tree)
+    spread = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not x.is_fully_addressable]
+    parts = [x for x in spread if not x.is_fully_replicated]
+    whole = iter(_replicated(parts) if parts else ())
+    return jax.tree.map(lambda x: _local(next(whole) if any(x is part for part in parts) else x), tree)
+
+
+def _replicated(arrays: list[jax.Array]) -> list[jax.Array]:
+    everywhere = NamedSharding(arrays[0].sharding.mesh, PartitionSpec())
+    return jax.jit(_same, out_shardings=everywhere)(arrays)
+
+
+def _same(x):
+    return x
+
+
+def _local(x):
+    return np.asarray(x.addressable_data(0)) if isinstance(x, jax.Array) else x
+
+
+def put(x, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same in every process, on the devices: each process hands over what its own devices hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+_terminated = threading.Event()
+
+
+@contextlib.contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """SIGTERM is heeded at the next `stop_point`, once; a second one kills as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heed(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _terminated.set()
+        if _watch:
+            _watch.ask_to_stop()
+
+    before = signal.signal(signal.SIGTERM, heed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _terminated.clear()
+
+
+def stop_point() -> bool:
+    """Whether to save and stop here, because a process was sent SIGTERM: the same answer in all of them."""
+    return _watch.stop_point() if _watch else _terminated.is_set()
+
+
+def stop_wanted() -> bool:
+    """Whether a process was sent SIGTERM, where each process works at a pace of its own."""
+    return _watch.stop_wanted() if _watch else _terminated.is_set()
+
+
+def stop_if_asked() -> None:
+    """A `stop_point` where nothing is left to save. Raises Stopped."""
+    if stop_point():
+        raise Stopped
+
+
+def who_was_stopped() -> str:
+    """The process that SIGTERM was sent to, for a message."""
+    return _watch.who_was_stopped() if _watch else "the process"
+
+
+def fail(status: int, message: str, wait: bool = False) -> NoReturn:
+    """Ends this process, one of several, and the others with it, at once: they could wait for it for ever.
+
+    wait: for news of another process that is gone, which then is what everybody says; for failed collectives.
+    """
+    _watch.fail(status, message, wait)
+
+
+def _shutdown() -> None:
+    """The orderly end, which waits for all."""
+    global _watch
+    if _watch:
+        barrier()
+        _watch.end()
+        _watch = None
+        jax.distributed.shutdown()
