@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the JAX build for this machine's accelerator, the pinned requirements and the embedded model.
-# RLAIF_JAX_ACCELERATOR=cpu|cuda|tpu overrides the detection; PYTHON names the interpreter (3.11 or newer).
+# RLAIF_JAX_ACCELERATOR=cpu|cuda|tpu overrides the detection; PYTHON names the interpreter (3.11 or newer). Arguments are
+# more requirements files.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +13,8 @@ python="${PYTHON:-python3}"
 
 accelerator="${RLAIF_JAX_ACCELERATOR:-}"
 if [ -z "$accelerator" ]; then
-  if [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then accelerator=tpu
+  dev="${RLAIF_JAX_DEV:-/dev}"
+  if compgen -G "$dev/accel[0-9]*" >/dev/null || compgen -G "$dev/vfio/[0-9]*" >/dev/null; then accelerator=tpu
   elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then accelerator=cuda
   else accelerator=cpu
   fi

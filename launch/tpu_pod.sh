@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# Runs a command on all workers of a Cloud TPU slice, or of several, that it gets as a queued resource.
+#
+#   bash launch/tpu_pod.sh run NAME --zone=ZONE --accelerator-type=TYPE --runtime-version=VERSION [FLAG...] -- COMMAND...
+#   bash launch/tpu_pod.sh delete NAME --zone=ZONE
+#
+#   bash launch/tpu_pod.sh run pod --zone=us-east5-b --accelerator-type=v6e-64 --runtime-version=v2-alpha-tpuv6e --spot \
+#     -- python -m rlaif_jax.main --config=configs/smollm2.py --workdir=gs://BUCKET/runs/pod
+#
+# `run` asks for the resource, waits until it is there, copies this folder to all workers, installs it and runs the
+# command, whose --workdir must be where all workers can read and write. It runs the command again where its status is 75
+# (preempted, or a process was lost) or a connection broke, and asks for the resource anew where it is gone, RESTARTS
+# times (default 100) in all. The resource stays until `delete`; `run` with a NAME that exists goes on with that.
+#
+# --zone, --project and --quiet go to every gcloud command, --internal-ip and --tunnel-through-iap to ssh and scp, all
+# other flags to `gcloud compute tpus queued-resources create`: --spot, --node-count=SLICES (each of TYPE), --reserved,
+# --service-account, --network ... --dry-run, first of all, prints the commands instead. POLL: seconds between looks at
+# the resource's state (default 30).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  sed -n 's/^#   \{0,1\}\(bash launch.*\)/\1/p' launch/tpu_pod.sh | head -2 >&2
+  exit 2
+}
+
+dry_run=false
+if [ "${1:-}" = --dry-run ]; then dry_run=true; shift; fi
+verb="${1:-}" name="${2:-}"
+if [[ "$verb" != run && "$verb" != delete ]] || [[ -z "$name" || "$name" = -* ]]; then usage; fi
+shift 2
+common=(--quiet) reach=() create=() nodes=("--node-id=$name")
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case "$1" in
+    --zone=* | --project=*) common+=("$1") ;;
+    --internal-ip | --tunnel-through-iap) reach+=("$1") ;;
+    --node-count=1) ;;
+    --node-count=*) nodes=("$1" "--node-prefix=$name") ;;
+    --quiet) ;;
+    --*) create+=("$1") ;;
+    *) echo "tpu_pod: unexpected argument $1: flags are --NAME=VALUE, the command comes after --" >&2; exit 2 ;;
+  esac
+  shift
+done
+if [[ "${common[*]}" != *--zone=* ]]; then echo "tpu_pod: --zone is missing" >&2; exit 2; fi
+if [ "$verb" = run ]; then
+  shift || true
+  if [ $# = 0 ]; then echo "tpu_pod: no command after --" >&2; usage; fi
+fi
+command=$(printf '%q ' bash rlaif_jax/launch/tpu_worker.sh "$@")
+
+run() {
+  if $dry_run; then printf '%q ' "$@"; echo; else "$@"; fi
+}
+resources() {
+  run gcloud compute tpus queued-resources "$@" "${common[@]}"
+}
+everywhere() {  # $1: a shell command, on all workers of all slices
+  resources ssh "$name" --node=all --worker=all "${reach[@]}" --command="$1"
+}
+# Sets `now` to the resource's state, such as ACTIVE; empty where there is no such resource.
+look() {
+  now=$(gcloud compute tpus queued-resources describe "$name" "${common[@]}" --format='value(state.state)' 2>/dev/null) ||
+    now=
+}
+is_gone() {
+  [[ "$now" =~ ^(SUSPENDING|SUSPENDED|DELETING|FAILED|)$ ]]
+}
+pause() {
+  echo "tpu_pod: $name is ${now:-gone}" >&2
+  sleep "${POLL:-30}"
+}
+
+# Returns once the resource is there, asked for anew where it is gone.
+acquire() {
+  if $dry_run; then
+    resources create "$name" "${nodes[@]}" "${create[@]}"
+    resources describe "$name" --format='value(state.state)'
+    return
+  fi
+  while look; [[ "$now" =~ ^(SUSPENDING|DELETING)$ ]]; do pause; done
+  if is_gone; then
+    [ -z "$now" ] || resources delete "$name" --force
+    resources create "$name" "${nodes[@]}" "${create[@]}"
+  fi
+  while look; [ "$now" != ACTIVE ]; do
+    if is_gone; then
+      echo "tpu_pod: $name is ${now:-gone}: see gcloud compute tpus queued-resources describe $name ${common[*]}" >&2
+      exit 1
+    fi
+    pause
+  done
+}
+
+# Copies this folder to all workers, and installs there what is missing. The VMs' own Python is older than 3.11.
+# shellcheck disable=SC2016  # expanded on the workers
+install='set -e; mkdir -p rlaif_jax; tar -xzf rlaif_jax.tar.gz -C rlaif_jax
+PYTHON=$(command -v python3.13 || command -v python3.12 || command -v python3.11) || {
+  sudo apt-get update -qq; sudo apt-get install -y -qq python3.11-venv >/dev/null; PYTHON=python3.11; }
+export PYTHON RLAIF_JAX_ACCELERATOR=tpu
+bash rlaif_jax/launch/install.sh requirements-cloud.txt'
+set_up() {
+  resources scp "$folder/rlaif_jax.tar.gz" "$name:rlaif_jax.tar.gz" --node=all --worker=all "${reach[@]}" &&
+    everywhere "$install"
+}
+
+# Runs the command on all workers; sets `status` to 0, the first error, or 75. gcloud's own status may be that of a broken
+# connection, which says nothing of the command, so that has to run again.
+run_command() {
+  local error
+  status=0
+  everywhere "$command" 2>&1 | tee "$folder/output" || status=75
+  error=$(sed -n 's/.*tpu_worker: process [0-9]* ended with status \([0-9]*\).*/\1/p' "$folder/output" |
+    awk '$1 != 0 && $1 != 75 && $1 <= 128 && !found++')
+  status=${error:-$status}
+}
+
+if [ "$verb" = delete ]; then
+  resources delete "$name" --force
+  exit
+fi
+if $dry_run; then
+  folder=FOLDER
+  acquire
+  set_up
+  everywhere "$command"
+  exit
+fi
+
+folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+# Packed once, so that a restart runs the same code.
+tar -czf "$folder/rlaif_jax.tar.gz" --exclude=./.venv --exclude=./runs --exclude=./.peer --exclude=__pycache__ .
+for ((attempt = 0; ; attempt++)); do
+  acquire
+  if set_up; then
+    run_command
+    if [ "$status" != 75 ]; then exit "$status"; fi
+    echo "tpu_pod: status 75: the same command goes on" >&2
+  else
+    look
+    pause
+    look
+    if ! is_gone; then echo "tpu_pod: the workers could not be set up" >&2; exit 1; fi
+  fi
+  if [ "$attempt" -ge "${RESTARTS:-100}" ]; then echo "tpu_pod: $attempt restarts: giving up" >&2; exit 75; fi
+  look
+  pause  # a preemption takes a moment to show
+done

@@ -1,0 +1,106 @@
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launch.conftest import PROBE, ROOT, check_probe, terminate_one
+
+LOCAL = "launch/local.sh"
+SHOW = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS with ${CUDA_VISIBLE_DEVICES-all}"'
+FOR_EVER = "while true; do sleep 0.05; done"
+
+
+def test_each_process_is_told_which_it_is(launcher):
+    done = launcher.run(LOCAL, 2, "bash", "-c", SHOW, f"--workdir={launcher.state}/run")
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("["))
+    port = lines[0].split(":")[1].split()[0]
+    assert lines == [f"[{i}] {i} of 2 at 127.0.0.1:{port} with all" for i in range(2)]
+    logs = [(launcher.state / "run" / "logs" / f"process{i}.log").read_text() for i in range(2)]
+    assert logs == [line[4:] + "\n" for line in lines]
+
+
+def test_python_is_that_of_the_repository(launcher):
+    done = launcher.run(LOCAL, 1, "python", "-c", "import sys; print(sys.prefix)")
+    assert f"[0] {ROOT / '.venv'}" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("count", "shares"), [(1, ["0,1,2,3"]), (2, ["0,1", "2,3"]), (4, ["0", "1", "2", "3"])])
+def test_processes_share_the_gpus(launcher, count, shares):
+    (launcher.state / "bin" / "nvidia-smi").write_text("#!/bin/sh\nseq 0 3\n")
+    (launcher.state / "bin" / "nvidia-smi").chmod(0o755)
+    done = launcher.run(LOCAL, count, "bash", "-c", SHOW, JAX_PLATFORMS="")
+    assert sorted(line.split()[-1] for line in done.stdout.splitlines() if line.startswith("[")) == shares
+
+
+def test_gpus_that_can_not_be_shared_are_an_error(launcher):
+    done = launcher.run(LOCAL, 2, "true", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="0,1,2")
+    assert done.returncode == 2
+    assert "2 processes can't share 3 GPUs" in done.stderr
+
+
+def test_an_error_ends_the_others_and_beats_their_status(launcher):
+    fail_or_wait = f'[ "$JAX_PROCESS_ID" = 0 ] || exit 3; trap "exit 75" TERM; {FOR_EVER}'
+    done = launcher.run(LOCAL, 2, "bash", "-c", fail_or_wait, RESTARTS=5)
+    assert done.returncode == 3
+    assert "starting again" not in done.stderr
+
+
+def test_who_does_not_end_is_killed(launcher):
+    deaf = f'[ "$JAX_PROCESS_ID" = 0 ] || exit 3; trap "" TERM; {FOR_EVER}'
+    done = launcher.run(LOCAL, 2, "bash", "-c", deaf, GRACE=0)
+    assert done.returncode == 3
+    assert "ended with status 137" in done.stderr
+
+
+@pytest.mark.parametrize("end", ["exit 75", "kill -KILL $$"])
+def test_preempted_or_lost_is_started_again(launcher, end):
+    once = f'[ -e "$1$JAX_PROCESS_ID" ] || {{ touch "$1$JAX_PROCESS_ID"; {end}; }}'
+    command = ["bash", "-c", once, "-", launcher.state / "been"]
+    assert launcher.run(LOCAL, 2, *command).returncode == 75
+    assert launcher.run(LOCAL, 2, *command).returncode == 0
+    for i in range(2):
+        (launcher.state / f"been{i}").unlink()
+    assert launcher.run(LOCAL, 2, *command, RESTARTS=1).returncode == 0
+
+
+def test_restarts_are_counted(launcher):
+    done = launcher.run(LOCAL, 1, "bash", "-c", "exit 75", RESTARTS=2)
+    assert done.returncode == 75
+    assert done.stderr.count("starting again") == 2
+
+
+def test_sigterm_reaches_all_and_is_no_reason_to_go_on(launcher):
+    wait = f'trap "touch $1$JAX_PROCESS_ID; exit 75" TERM; touch $1ready$JAX_PROCESS_ID; {FOR_EVER}'
+    command = ["bash", LOCAL, "2", "bash", "-c", wait, "-", str(launcher.state / "got")]
+    process = subprocess.Popen(command, cwd=ROOT, env=launcher.env | {"RESTARTS": "5"})
+    while not all((launcher.state / f"gotready{i}").exists() for i in range(2)):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert all((launcher.state / f"got{i}").exists() for i in range(2))
+
+
+@pytest.mark.parametrize("arguments", [[], ["2"], ["0", "true"], ["two", "true"]])
+def test_usage(launcher, arguments):
+    done = launcher.run(LOCAL, *arguments)
+    assert (done.returncode, done.stderr) == (2, "usage: bash launch/local.sh [--dry-run] N COMMAND...\n")
+
+
+def test_dry_run_says_what_it_would_run(launcher):
+    done = launcher.run(LOCAL, "--dry-run", 2, "touch", launcher.state / "a b")
+    assert not (launcher.state / "a b").exists()
+    lines = done.stdout.splitlines()
+    assert [line.split()[2:4] for line in lines] == [["JAX_NUM_PROCESSES=2", f"JAX_PROCESS_ID={i}"] for i in range(2)]
+    subprocess.run(["bash", "-c", lines[1]], check=True, env=os.environ)
+    assert (launcher.state / "a b").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_one_step_and_go_on(launcher):
+    terminate_one(launcher.state)
+    done = launcher.run(LOCAL, 2, "python", PROBE, launcher.state, RESTARTS=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_probe(launcher.state)
