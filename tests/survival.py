@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ import orbax.checkpoint as ocp
 import pyarrow.parquet as pq
 from etils import epath
 
+from rlaif_jax.errors import AGAIN
 from rlaif_jax.training.checkpoints import damage
 
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", "rl", "eval")  # of constitutional AI
@@ -37,9 +40,10 @@ class Command:
     flags: list[str]
     cache: Path
 
-    def start(self, workdir, *more: str) -> subprocess.Popen:
+    def start(self, workdir, *more: str, devices: int = 1) -> subprocess.Popen:
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # tiny models take longer to compile than to run
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -48,11 +52,27 @@ class Command:
         command = [sys.executable, "-m", "rlaif_jax.main", *self.flags, f"--workdir={workdir}", *more]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def run(self, workdir, *more: str) -> tuple[int, str]:
-        """Exit status and stderr."""
-        process = self.start(workdir, *more)
-        error = process.communicate()[1]
-        return process.returncode, error
+    def start_several(self, workdir, count: int, devices: int, *more: str) -> list[subprocess.Popen]:
+        """So many processes of one run, each with so many devices."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = [f"--coordinator={address}", f"--processes={count}"] if count > 1 else []
+        return [
+            self.start(workdir, *flags, *([f"--process={i}"] if flags else []), *more, devices=devices)
+            for i in range(count)
+        ]
+
+    def run(self, workdir, *more: str, count: int = 1, devices: int = 1) -> tuple[int, str]:
+        """Exit status and stderr, which are those of the first of several processes."""
+        return ended(self.start_several(workdir, count, devices, *more))[0]
+
+
+def ended(processes: list[subprocess.Popen], timeout: float | None = None) -> list[tuple[int, str]]:
+    """Exit status and stderr of each, once all have ended; TimeoutExpired where that takes longer than `timeout`."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        errors = list(pool.map(lambda process: process.communicate(timeout=timeout)[1], processes))
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
 
 
 def draw_kills(undisturbed: Path, number: int, seed: int) -> list[Kill]:
@@ -75,20 +95,22 @@ def survive(command: Command, workdir: Path, kills: list[Kill]) -> None:
         began = time.time_ns()
         process = command.start(workdir)
         target = list(STAGES).index(kill.stage), kill.events
-        while _position(workdir, began) < target:
+        while position(workdir, began) < target:
             assert process.poll() is None, f"{kill}: {process.communicate()[1]}"
             time.sleep(0.002)
         time.sleep(kill.delay)
         process.send_signal(kill.signal)
-        process.communicate(timeout=10)
-        assert process.returncode == -kill.signal, f"{kill} came too late: exit status {process.returncode}"
+        error = process.communicate(timeout=60)[1]
+        expected = AGAIN if kill.signal == signal.SIGTERM else -kill.signal
+        assert process.returncode == expected, f"{kill} came too late: exit status {process.returncode}"
+        assert ("SIGTERM to the process: all is saved" in error) == (kill.signal == signal.SIGTERM), error
     status, error = command.run(workdir)
     assert status == 0, error
 
 
-def _position(workdir: Path, began: int) -> tuple[int, int]:
+def position(workdir: Path, began: int, stages=STAGES) -> tuple[int, int]:
     """The number of the stage that a process started at `began` works on, and the stage's traces."""
-    for i, stage in reversed(list(enumerate(STAGES))):
+    for i, stage in reversed(list(enumerate(stages))):
         record = workdir / stage / "stage.json"
         if record.exists() and record.stat().st_mtime_ns > began:
             return i, _events(workdir / stage)
@@ -123,11 +145,12 @@ def _files(workdir: Path) -> list[str]:
 
 
 def _checkpoints(workdir: Path) -> list[str]:
-    """Each checkpoint's folder; all are whole."""
-    steps = [path for path in sorted(workdir.glob("*/checkpoints/*")) if path.name.isdigit()]
+    """The folder of each stage's last checkpoint; all are whole. What SIGTERM has saved may be among the earlier."""
+    steps = [path for path in workdir.glob("*/checkpoints/*") if path.name.isdigit()]
     for step in steps:
         assert not damage(epath.Path(step.parent), int(step.name)), step
-    return [str(step.relative_to(workdir)) for step in steps]
+    last = {step.parent: step for step in sorted(steps, key=lambda step: int(step.name))}
+    return sorted(str(step.relative_to(workdir)) for step in last.values())
 
 
 def _arrays(checkpoint: Path):

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+import xxhash
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
@@ -98,7 +99,7 @@ class Checkpoints:
         """Waits for Orbax, in a thread of its own."""
         with self._swept():
             self._manager.wait_until_finished()
-        name = f"checksums/{self.folder}/{step}"
+        name = f"checksums/{xxhash.xxh3_64_hexdigest(str(self.folder).encode())}/{step}"  # no part may be empty
         names = processes.agree(_files(self.folder / str(step)) if processes.first() else [], name)
         mine = names[processes.index() :: processes.count()]
         hashes = file_hashes([self.folder / str(step) / name for name in mine])

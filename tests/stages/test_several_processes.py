@@ -1,0 +1,94 @@
+"""Runs of several processes: the same results as one process, together in life and death, on any number of devices."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from rlaif_jax.errors import AGAIN
+from tests.survival import Command, assert_same, ended, position
+from tests.tiny_judge import tiny_run_flags, write_judge
+from tests.twins import assert_alike
+
+pytestmark = pytest.mark.slow
+SHORTER = ("policy.max_response_length=48", "rl.steps=4", "rl.rollout_lag=1", "rl.kl.target=1.0", "rl.kl.horizon=64.0")
+ORDER = ("sft", "label", "reward_model", "rl", "eval")
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    flags = [flag for flag in tiny_run_flags(write_judge(folder / "judge.gguf"), folder) if "workdir" not in flag]
+    flags += [*(f"--config.{change}" for change in SHORTER), "--config.rl.rewards.normalise=running"]
+    return Command(flags, folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, command):
+    """An undisturbed run of two processes with two devices each."""
+    workdir = tmp_path_factory.mktemp("two")
+    status, error = command.run(workdir, count=2, devices=2)
+    assert status == 0, error
+    return workdir
+
+
+def test_two_processes_do_what_one_does(tmp_path, command, two_processes):
+    status, error = command.run(tmp_path, devices=4)
+    assert status == 0, error
+    assert_alike(two_processes, tmp_path)
+
+
+def end_one(processes, workdir, stage, events, victim, with_signal):
+    """Signals one of two processes in a stage; returns exit status and stderr of both, and the seconds until the end."""
+    began = time.time_ns()
+    while position(workdir, began, ORDER) < (ORDER.index(stage), events):
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.01)
+    processes[victim].send_signal(with_signal)
+    sent = time.monotonic()
+    return ended(processes, timeout=60), time.monotonic() - sent
+
+
+def test_two_processes_end_together_and_go_on_to_the_same_result(tmp_path, command, two_processes):
+    for stage, events, victim in (("sft", 2, 1), ("label", 2, 0), ("rl", 2, 0)):
+        outcome, _ = end_one(command.start_several(tmp_path, 2, 2), tmp_path, stage, events, victim, signal.SIGTERM)
+        assert [status for status, _ in outcome] == [AGAIN, AGAIN], (stage, outcome)
+        assert f"SIGTERM to process {victim} of 2" in outcome[0][1] and "SIGTERM" not in outcome[1][1]
+    for stage, events, victim, says in (("label", 3, 0, "is gone"), ("rl", 3, 1, "does not answer any more")):
+        outcome, seconds = end_one(
+            command.start_several(tmp_path, 2, 2), tmp_path, stage, events, victim, signal.SIGKILL
+        )
+        status, error = outcome[1 - victim]
+        assert status == AGAIN and seconds < 15, (stage, outcome)
+        assert error.strip().splitlines()[-1].startswith(f"rlaif_jax: process {victim} of 2 (") and says in error
+    status, error = command.run(tmp_path, count=2, devices=2)
+    assert status == 0, error
+    assert_same(tmp_path, two_processes)
+
+
+def test_what_goes_wrong_in_one_process_ends_all_with_its_line(tmp_path, command):
+    processes = command.start_several(tmp_path, 2, 2, "--stages=sft", "--config.sft.stepz=3")
+    (status, error), (other, quiet) = ended(processes, timeout=60)
+    assert status == other == 2
+    assert error.count("did you mean") == 1 and "Traceback" not in error + quiet
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "sft" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_with_the_same_losses_on_other_devices(tmp_path, command, two_processes):
+    begun = tmp_path / "four"
+    outcome, _ = end_one(command.start_several(begun, 4, 2, "--stages=sft"), begun, "sft", 1, 3, signal.SIGTERM)
+    assert [status for status, _ in outcome] == [AGAIN] * 4, outcome
+    done = len(losses(begun))
+    assert 0 < done < 4
+    for count, devices in ((2, 2), (1, 1), (1, 8)):
+        workdir = shutil.copytree(begun, tmp_path / f"{count}x{devices}")
+        status, error = command.run(workdir, "--stages=sft", count=count, devices=devices)
+        assert status == 0, error
+        np.testing.assert_allclose(losses(workdir), losses(two_processes), rtol=1e-5)
+        assert losses(workdir)[:done] == losses(begun)
