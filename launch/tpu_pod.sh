@@ -95,8 +95,8 @@ acquire() {
 # Copies this folder to all workers, and installs there what is missing. The VMs' own Python is older than 3.11.
 # shellcheck disable=SC2016  # expanded on the workers
 install='set -e; mkdir -p rlaif_jax; tar -xzf rlaif_jax.tar.gz -C rlaif_jax
-PYTHON=$(command -v python3.13 || command -v python3.12 || command -v python3.11) || {
-  sudo apt-get update -qq; sudo apt-get install -y -qq python3.11-venv >/dev/null; PYTHON=python3.11; }
+for PYTHON in python3.13 python3.12 python3.11; do ! "$PYTHON" -c "" 2>/dev/null || break; done
+"$PYTHON" -c "" 2>/dev/null || { sudo apt-get update -qq; sudo apt-get install -y -qq python3.11-venv >/dev/null; }
 export PYTHON RLAIF_JAX_ACCELERATOR=tpu
 bash rlaif_jax/launch/install.sh requirements-cloud.txt'
 set_up() {

@@ -22,7 +22,7 @@ def run_with(launcher, statuses, *flags):
     for index, each in enumerate(zip(*statuses, strict=True)):
         (launcher.state / f"statuses-{index}").write_text("".join(f"{status}\n" for status in each))
     command = ["bash", "-c", COMMAND, launcher.state / "statuses"]
-    return launcher.run(SCRIPT, "run1", *flags, "--", *command, STAND_IN_PORT=1)
+    return launcher.run(SCRIPT, "run1", *flags, "--", *command)
 
 
 def rendered(launcher, *arguments):

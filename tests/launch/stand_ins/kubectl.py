@@ -50,7 +50,7 @@ def pod(spec, hosts, index, job_index, jobs):
 def at_home(env):
     """The pod's environment, every pod's name being this machine's: the first one's port is free."""
     host, _, _ = env.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
-    changed = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{os.environ['STAND_IN_PORT']}"} if host else {}
+    changed = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{os.environ.get('STAND_IN_PORT', 1)}"} if host else {}
     return os.environ | env | changed
 
 
