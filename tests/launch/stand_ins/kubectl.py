@@ -1,4 +1,4 @@
-"""kubectl apply | get jobset | logs, and the cluster: JobSet, Job, kubelet and GKE's webhook, as far as they are needed.
+"""kubectl apply | get jobset | logs, and the cluster: JobSet, Job, kubelet and GKE's webhook, as far as need be.
 
 A JobSet runs while somebody looks at its logs. The names of pods stand in for addresses; here all are this machine.
 """
