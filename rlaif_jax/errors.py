@@ -12,8 +12,8 @@ class UserError(Exception):
     """Bad usage or bad input. The message names the thing and the remedy, on one line."""
 
 
-class Stopped(Exception):
-    """SIGTERM was sent, and everything is saved."""
+class Stopped(BaseException):
+    """SIGTERM was sent, and everything is saved. Like KeyboardInterrupt nothing that goes wrong, so none to catch."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""Atomic files: a reader sees the old content or the new, never a part. And their checksums."""
+"""Atomic files: a reader sees the old content or the new, never a part. And their checksums.
+
+Of several processes, which share a disk or bucket, all call `write_text` and its kin, the first one writes, and all
+go on once the file is there.
+"""
 
 import contextlib
 import json
@@ -12,6 +16,7 @@ import xxhash
 from etils import epath
 
 from rlaif_jax.errors import UserError
+from rlaif_jax.parallel import processes
 
 
 @contextlib.contextmanager
@@ -33,15 +38,42 @@ def replacing(path: epath.Path) -> Iterator[epath.Path]:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def _by_the_first() -> Iterator[bool]:
+    """Whether this process is to write; all go on when that is done."""
+    yield processes.first()
+    processes.barrier()
+
+
+def there(path: epath.Path) -> bool:
+    """Whether a file is there, as the first process sees it: all do the same about it."""
+    return processes.agree(path.exists())
+
+
 def remove_leftovers(folder: epath.Path) -> None:
     """Deletes what a killed process was writing in `folder` and the folders in it, where nobody else is writing."""
-    for pattern in ("*.tmp", "*/*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    with _by_the_first() as mine:
+        for pattern in ("*.tmp", "*/*.tmp") if mine else ():
+            for path in folder.glob(pattern):
+                path.unlink()
+
+
+def remove_folder(folder: epath.Path) -> None:
+    """Deletes a folder, if it is there."""
+    with _by_the_first() as mine:
+        if mine:
+            folder.rmtree(missing_ok=True)
 
 
 def write_text(path: epath.Path, text: str) -> None:
     """Replaces a text file in one step."""
+    with _by_the_first() as mine:
+        if mine:
+            write_alone(path, text)
+
+
+def write_alone(path: epath.Path, text: str) -> None:
+    """As `write_text`, for one process that writes what no other one waits for."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
@@ -53,12 +85,17 @@ def write_json(path: epath.Path, value) -> None:
 
 def write_parquet(path: epath.Path, table: pa.Table) -> None:
     """Replaces a Parquet file in one step."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        pq.write_table(table, file)
+    with _by_the_first() as mine:
+        if mine:
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                pq.write_table(table, file)
 
 
 def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epath.Path:
-    """Writes `folder`/`stem`.HASH.parquet, HASH being the xxh3 of its bytes: file and checksum appear in one step."""
+    """Writes `folder`/`stem`.HASH.parquet, HASH being the xxh3 of its bytes: file and checksum appear in one step.
+
+    Whichever process calls it writes.
+    """
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     data = sink.getvalue().to_pybytes()

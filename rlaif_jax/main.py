@@ -18,6 +18,7 @@ from rlaif_jax.evaluation.principles import FOLDER as PRINCIPLES
 from rlaif_jax.files import read_parquet, remove_leftovers, write_json
 from rlaif_jax.judge import store
 from rlaif_jax.judge.score import Judge, load_judge
+from rlaif_jax.parallel import processes
 from rlaif_jax.report import write_report
 from rlaif_jax.stages.folders import all_stages, in_round, name_in_round
 from rlaif_jax.stages.panel import member
@@ -60,6 +61,8 @@ def _main(argv: list[str]) -> int:
         raise UserError("--round is for --replay alone")
     every = all_stages(run.config.stages, run.config.rounds)
     if options.worker is not None:
+        if processes.count() > 1:
+            raise UserError("--worker is for commands of one process: those of one command share the labelling anyway")
         labelling = [name for name in every if in_round(name)[0] == "label"]
         if options.stages not in [[name] for name in labelling]:
             raise UserError(f"--worker is for one stage alone: --stages={' or '.join(labelling) or 'label'}")

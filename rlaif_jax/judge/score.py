@@ -32,6 +32,7 @@ from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig
+from rlaif_jax.parallel import processes
 from rlaif_jax.sampling.buckets import length_buckets
 from rlaif_jax.sampling.trees import Scorer, grow, score_trees, sum_by_choice
 
@@ -154,7 +155,7 @@ def make_judge(config: JudgeConfig, judge_model: JudgeModel, seed: int, placemen
     model = decoding_model(stacked)
     with jax.set_mesh(placement.mesh):
         params = decoding_parameters(stacked, judge_model.params, placement)
-        prefix = read_prefix(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
+        prefix = read_prefix(model, params, np.array([preamble], np.int32)) if preamble else None
     jax.block_until_ready((params, prefix))  # a process that ends in the middle of it, with nothing to judge, crashes
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
     reasoner = None
@@ -292,8 +293,13 @@ def _groups(pairs: Sequence[Pair], limit: int) -> list[list[int]]:
 def rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """The rating of each response by itself, from -1 to 1 (direct RLAIF, arXiv 2309.00267, section 2.2.2).
 
-    Returns [n] float64; NaN for what is too long for the judge, or scored as not finite.
+    Of several processes each rates a part, and all get the whole. Returns [n] float64; NaN for what is too long for the
+    judge, or scored as not finite.
     """
+    return np.array(processes.parted(prompts, functools.partial(_rate, judge), responses), float)
+
+
+def _rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     rests = _suffixes(judge, list(map(judge.template.rated, prompts, responses)))
     room = judge.config.max_length - len(judge.preamble) - _tokens_after(None, judge.choices)
     fitting = [i for i, rest in enumerate(rests) if len(rest) <= room]

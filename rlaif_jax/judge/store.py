@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import Stopped, UserError
 from rlaif_jax.files import read_shard, read_shards, replacing, write_checked_parquet, write_json
 from rlaif_jax.judge.prompts import Pair, text_hash
 from rlaif_jax.judge.score import Judge, Judgement, Plan, judge_pairs, pair_hashes, plan_judging
 from rlaif_jax.judge.verdict import Verdict
+from rlaif_jax.parallel import processes
 from rlaif_jax.progress import progress
 
 _TEXTS = pa.list_(pa.string())
@@ -61,7 +62,7 @@ _REMEDY = "its pairs alone are judged again"
 
 
 class Worker(NamedTuple):
-    """One of several processes that label disjoint shards of one job."""
+    """One of several processes that label disjoint shards of one job, each a command of its own."""
 
     index: int
     count: int
@@ -76,9 +77,26 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
     Shards that an earlier run committed are kept, and no pair is judged twice: rows with the same prompts share what
     was said of the first. A pair that could not be scored stays in the table with its typed status and no label, and
     is tried again by itself. With several workers, each judges every `worker.count`-th shard, and the one that finds
-    all shards there writes the table. Raises UserError where a committed shard is damaged, and where more than
-    `judge.max_failure_rate` of the pairs failed.
+    all shards there writes the table; the processes of one command share the shards in the same way. Raises UserError
+    where a committed shard is damaged, and where more than `judge.max_failure_rate` of the pairs failed.
     """
+    if processes.count() > 1:
+        worker = Worker(processes.index(), processes.count())
+    stopped = _judge_shards(judge, pairs, folder, description, worker)
+    if any(processes.gather(stopped)):
+        raise Stopped
+    shards = range(-(-len(pairs) // judge.config.shard_size))
+    there = {_number(path) for path in (folder / "shards").glob("[0-9]*.*.parquet")}  # other workers' among them
+    if not processes.agree(there.issuperset(shards)):
+        return False
+    statuses, names = processes.agree(_assemble(folder) if processes.first() else None)
+    write_json(folder / "manifest.json", _manifest(judge, statuses, names))
+    check_failures(statuses, judge.config.max_failure_rate, folder)
+    return True
+
+
+def _judge_shards(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: str, worker: Worker) -> bool:
+    """Judges the shards of one worker that are missing; returns whether SIGTERM has kept it from some of them."""
     size, shards = judge.config.shard_size, folder / "shards"
     batches = [range(start, min(start + size, len(pairs))) for start in range(0, len(pairs), size)]
     known, done, failed = Known(judge), set(), set()
@@ -103,11 +121,9 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
                 table = _judge(judge, pairs, batches[i], plan, known, bar.update)
                 known.add(write_checked_parquet(shards, f"{i:05d}", table), table)
                 _note_time(folder, i, table, time.perf_counter() - began)
-    there = {_number(path) for path in shards.glob("[0-9]*.*.parquet")}  # other workers' among them
-    if not there.issuperset(range(len(batches))):
-        return False
-    check_failures(_assemble(judge, folder), judge.config.max_failure_rate, folder)
-    return True
+                if processes.stop_wanted():
+                    return True
+    return False
 
 
 class Known:
@@ -213,8 +229,8 @@ def _check_pairs(pairs, shard: epath.Path, table: pa.Table, batch: list[range] |
         raise UserError(f"{shard} holds labels of other pairs: use another folder, or delete {shard.parent}")
 
 
-def _assemble(judge: Judge, folder: epath.Path) -> collections.Counter:
-    """Writes table and manifest from the shards, one at a time, and counts the rows by status."""
+def _assemble(folder: epath.Path) -> tuple[collections.Counter, list[str]]:
+    """Writes the table from the shards, one at a time. Returns the rows by status, and the names of the shards."""
     shards, statuses, names = folder / "shards", collections.Counter(), []
     retried = {}
     for path in sorted(shards.glob("retry-*.parquet")):
@@ -231,19 +247,18 @@ def _assemble(judge: Judge, folder: epath.Path) -> collections.Counter:
             writer.write_table(table)
             statuses.update(table["status"].to_pylist())
             names.append(path.name)
-    write_json(
-        folder / "manifest.json",
-        judge.provenance
-        | {
-            "method": judge.template.method,
-            "axes": list(judge.template.axes) if len(judge.template.axes) > 1 else [],
-            "preamble_tokens": len(judge.preamble),
-            "rows": statuses.total(),
-            "status": dict(statuses),
-            "shards": sorted(names),
-        },
-    )
-    return statuses
+    return statuses, sorted(names)
+
+
+def _manifest(judge: Judge, statuses: collections.Counter, names: list[str]) -> dict:
+    return judge.provenance | {
+        "method": judge.template.method,
+        "axes": list(judge.template.axes) if len(judge.template.axes) > 1 else [],
+        "preamble_tokens": len(judge.preamble),
+        "rows": statuses.total(),
+        "status": dict(statuses),
+        "shards": names,
+    }
 
 
 @contextlib.contextmanager

@@ -5,12 +5,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import xxhash
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import DECODE_RULES, RULES, Rules, parameter_shardings
 
 
@@ -53,12 +53,17 @@ def place_parameters(model: nn.Module, parameters, placement: Placement):
     given = jax.tree.map(lambda x: x.shape, parameters)
     if given != shapes:
         raise ValueError(f"parameters do not fit the model: expected {shapes}, got {given}")
-    return jax.tree.map(jax.device_put, parameters, shardings)
+    return jax.tree.map(processes.put, parameters, shardings)
 
 
 def move_parameters(model: nn.Module, parameters, placement: Placement):
-    """Parameters of a model that lie on another mesh of the same devices, on this one."""
-    return jax.device_put(parameters, placement.parameters(model))
+    """Parameters of a model that lie on another mesh, on this one, leaf by leaf.
+
+    This mesh is of the same devices, or of those of one process among several.
+    """
+    if processes.count() == 1:
+        return jax.device_put(parameters, placement.parameters(model))
+    return jax.tree.map(lambda x, to: jax.device_put(processes.to_host(x), to), parameters, placement.parameters(model))
 
 
 def parameters_hash(parameters) -> str:
@@ -66,7 +71,7 @@ def parameters_hash(parameters) -> str:
     digest = xxhash.xxh3_64()
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(processes.to_host(leaf).tobytes())
     return digest.hexdigest()
 
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlaif_jax.parallel import processes
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 OFFLOADED = ("reference", "reward_model", "judge")  # the roles whose parameters may wait in host memory
@@ -173,12 +176,23 @@ def shard_batch(batch, mesh: Mesh):
 
     Raises ValueError where the devices do not divide the batch: every process must hold whole rows.
     """
+    return jax.tree.map(lambda x: processes.put(np.asarray(x), batch_sharding(np.shape(x), mesh)), batch)
 
-    def put(x):
-        x = np.asarray(x)
-        return jax.device_put(x, batch_sharding(x.shape, mesh))
 
-    return jax.tree.map(put, batch)
+def shard_rows(rows: Sequence, read: Callable[[list], Any], mesh: Mesh):
+    """`shard_batch` of `read(rows)`, a tree of host arrays; each process reads the rows that its devices hold alone."""
+    if processes.count() == 1:
+        return shard_batch(read(list(rows)), mesh)
+    held = batch_sharding((len(rows),), mesh).addressable_devices_indices_map((len(rows),))
+    mine = sorted({row for (part,) in held.values() for row in range(len(rows))[part]})
+    place = {row: i for i, row in enumerate(mine)}
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape = (len(rows), *x.shape[1:])
+        part = lambda index: x[[place[row] for row in range(len(rows))[index[0]]]]  # noqa: E731
+        return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), part)
+
+    return jax.tree.map(put, read([rows[row] for row in mine]))
 
 
 def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

@@ -165,11 +165,14 @@ def barrier(name: str = "") -> None:
         _client().wait_at_barrier(name or _next("barrier"), _FOREVER)
 
 
-def agree(value: Value) -> Value:
-    """Process 0's value, in all processes: what depends on a file or on the clock is one's to say."""
+def agree(value: Value, name: str = "") -> Value:
+    """Process 0's value, in all processes: what depends on a file or on the clock is one's to say.
+
+    name: as for `barrier`.
+    """
     if not _watch:
         return value
-    key = _next("agree")
+    key = name or _next("agree")
     if first():
         _client().key_value_set_bytes(key, pickle.dumps(value))
         return value

@@ -18,6 +18,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.models.cache import KVCache, empty_cache, split_rows
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.sampling.buckets import bucket_of, length_buckets
 from rlaif_jax.sampling.decode import Replies, choose, decode, new_replies, prefill, row_keys
 from rlaif_jax.sampling.distribution import SamplingConfig
@@ -125,12 +126,12 @@ def _collect(
     slots: Slots, occupants: dict[int, int], conclude: Callable[[Slots], jax.Array] | None
 ) -> list[tuple[int, Reply]]:
     """The replies that are done, whose slots are then free."""
-    done = jax.device_get(slots.replies.done)
+    done = to_host(slots.replies.done)
     ready = [slot for slot in occupants if done[slot]]
     if not ready:
         return []
     conclusions = conclude(slots) if conclude else None
-    samples, length, ended, conclusions = jax.device_get(
+    samples, length, ended, conclusions = to_host(
         (slots.replies.samples, slots.replies.length, slots.replies.ended, conclusions)
     )
     finished = []
@@ -150,7 +151,7 @@ def _refill(sampler, slots, prompts, buckets, taken, row_ids, read, key) -> Slot
     nowhere = [sampler.config.slots] * (read * copies - len(taken))
     where = np.array([*taken, *nowhere], np.int32)
     ids = np.array([*row_ids] + [0] * len(nowhere), np.int32)
-    arrays = jax.device_put((tokens, mask, where, ids), sampler.placement.whole)
+    arrays = [put(x, sampler.placement.whole) for x in (tokens, mask, where, ids)]
     return insert(sampler.model, sampler.parameters, slots, sampler.prefixes, sampler.stopping, *arrays, key,
                    sampling=sampler.sampling, cache_dtype=sampler.cache_dtype)  # fmt: skip
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from rlaif_jax.data.encoding import prompt_tokens
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.statistics import wilson_ci
-from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.files import read_parquet, remove_folder, there, write_json, write_parquet
 from rlaif_jax.stages.replies import keep_replies
 from rlaif_jax.stages.reward_model import load_reward_model
 from rlaif_jax.stages.rewards import load_rewards, score_replies
@@ -24,9 +24,9 @@ def run_best_of_n(run: Run) -> None:
     """
     folder = run.folder("best_of_n")
     file = folder / "chosen.parquet"
-    if not file.exists():
+    if not there(file):
         write_parquet(file, _choose(run))
-    (folder / "replies_start").rmtree(missing_ok=True)  # the shards of what the file now has
+    remove_folder(folder / "replies_start")  # the shards of what the file now has
     chosen = read_parquet(file).to_pydict()
     tied, prompts = sum(chosen["tied"]), len(chosen["tied"])
     write_json(folder / "results.json", {"tied_prompts/best_of_n": wilson_ci(tied, prompts)})

@@ -18,6 +18,7 @@ from etils import epath
 from rlaif_jax.config import Config, override
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, write_json
+from rlaif_jax.parallel import processes
 from rlaif_jax.stages.folders import all_stages
 from rlaif_jax.stages.pipeline import check_verifiers, is_done, run_stages, stage_inputs
 from rlaif_jax.stages.reward_model import check_labels_by_principle
@@ -152,6 +153,8 @@ def _run_cell(cell: Cell, outcome: Outcome, broken: dict[epath.Path, Failure]) -
             with jax.set_mesh(cell.run.placement.mesh):
                 run_stages(cell.run, [stage])
         except Exception as error:  # whatever it is, the other cells are worth running
+            if processes.count() > 1 and not isinstance(error, UserError):
+                raise  # it may be that of one process, for which the others would wait
             # As text: the exception itself would keep the stage's arrays alive.
             broken[folder] = Failure(_one_line(error), None if isinstance(error, UserError) else traceback.format_exc())
             return broken[folder]

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pyarrow as pa
 from etils import epath
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,7 @@ from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import texts_to_tokens
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.statistics import Figure, mean_ci
-from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.files import read_parquet, remove_folder, there, write_json, write_parquet
 from rlaif_jax.judge.constitution import Principle, draw, load_constitution, principles_for
 from rlaif_jax.judge.critiques import CritiqueTemplate, load_critique_template
 from rlaif_jax.judge.score import read_prefix
@@ -64,10 +64,10 @@ def run_critique(run: Run) -> None:
     file, needed = folder / "revisions.parquet", ("revision",) if config.revise_only else ("critique", "revision")
     principles = principles_for("critique", run.config.constitution, needed)
     template = critique_template(run)
-    if not file.exists():
+    if not there(file):
         write_parquet(file, pa.Table.from_pylist(_revised(run, principles, template), SCHEMA))
     for step in ("replies_sft", *_step_names(config.rounds)):
-        (folder / step).rmtree(missing_ok=True)  # the shards of what the file now has
+        remove_folder(folder / step)  # the shards of what the file now has
     rows = read_parquet(file).to_pylist()
     write_json(folder / "manifest.json", _manifest(run, principles, template, rows))
     write_json(folder / "results.json", _figures(run, rows) | _by_principle(run, principles, rows))
@@ -155,7 +155,7 @@ def _load_reviser(run: Run, template: CritiqueTemplate, params) -> _Reviser:
         tokenizer, model = run.tokenizer(), decoding_model(run.language_model())
         parameters = decoding_parameters(run.language_model(), params, run.placement)
     preamble, room = _preamble_and_room(run, template, tokenizer, model.config)
-    prefix = read_prefix(model, parameters, jnp.asarray([preamble], jnp.int32)) if preamble else None
+    prefix = read_prefix(model, parameters, np.array([preamble], np.int32)) if preamble else None
     stopping, limit = make_stopping(tokenizer, template.stop), config.max_new_tokens
     sampler = Sampler(
         model, parameters, run.placement, stopping, config.revision_sampling, limit, config.sampler, prefix

@@ -19,12 +19,13 @@ from rlaif_jax.evaluation.statistics import (
     mean_ci,
     most_common_share,
 )
-from rlaif_jax.files import read_json, read_parquet, write_json, write_parquet
+from rlaif_jax.files import read_json, read_parquet, remove_folder, there, write_json, write_parquet
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import load_judge
 from rlaif_jax.losses.kl import k1
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
+from rlaif_jax.parallel.processes import to_host
 from rlaif_jax.stages.harmlessness import harmlessness
 from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.principles import Labeller, by_principles, comparison_principles, evaluation_draws
@@ -43,11 +44,11 @@ def run_evaluation(run: Run) -> None:
     Human comparisons, where the data has some to evaluate on, are judged into `eval/human/`.
     """
     folder, prompts, policies = run.folder("eval"), run.data("evaluation_prompts"), run.config.policies
-    if not (folder / "samples.parquet").exists():
+    if not there(folder / "samples.parquet"):
         run.check_kept()  # before hours of sampling
         write_parquet(folder / "samples.parquet", _sample(run, prompts["prompt"]))
     for name in run.config.measured_policies:
-        _shards(run, name).rmtree(missing_ok=True)
+        remove_folder(_shards(run, name))
     samples, groups = read_parquet(folder / "samples.parquet").to_pydict(), np.array(prompts["group"])
     mean = functools.partial(mean_ci, resamples=run.config.evaluation.bootstrap_samples, seed=run.config.seed)
     rated = harmlessness(run, samples, groups, mean)  # first, so that one judge at a time is in memory
@@ -93,8 +94,8 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
         measured_columns: dict[str, list] = {}
         for rows, batch in padded_batches(replies.sequences, config.batch_size, run.placement):
             measured = measure(model, scalar_model, params, sft, reward_model, batch, config.sampling.temperature)
-            for column, values in measured.items():
-                measured_columns.setdefault(f"{column}/{name}", []).extend(np.asarray(values, float)[:rows].tolist())
+            for column, values in to_host(measured).items():
+                measured_columns.setdefault(f"{column}/{name}", []).extend(values[:rows].astype(float).tolist())
         columns |= measured_columns
     return pa.table(columns)
 

@@ -12,7 +12,7 @@ from etils import epath
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.refusals import refusal
 from rlaif_jax.evaluation.statistics import Figure
-from rlaif_jax.files import read_parquet, write_parquet
+from rlaif_jax.files import read_parquet, remove_folder, there, write_parquet
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import Judge, load_judge, rate
 from rlaif_jax.stages.critique import texts
@@ -83,10 +83,10 @@ def _ratings(run: Run, texts: Mapping[str, _Texts]) -> dict[str, dict[str, np.nd
     """Of each of them `refused` [n] bool and, by kind, the ratings from -1 to 1 or NaN: [n] float64."""
     folder = run.folder("eval")
     file, kinds = folder / "ratings.parquet", [kind for kind in _KINDS if _prompt(run, kind).template]
-    if not file.exists():
+    if not there(file):
         write_parquet(file, _rate(run, texts, kinds))
     for kind in kinds:
-        _shards(run, kind).rmtree(missing_ok=True)
+        remove_folder(_shards(run, kind))
     rows = read_parquet(file)
     of, refused = np.array(rows["of"]), np.array(rows["refusal"]) == "refusal"
     columns = {"refused": refused} | {kind: np.array(rows[kind].to_pylist(), float) for kind in kinds}

@@ -11,7 +11,7 @@ from rlaif_jax.evaluation.audit import agreement, audit
 from rlaif_jax.evaluation.panel import panel_audit
 from rlaif_jax.evaluation.principles import comparable, principle_audit, principle_columns
 from rlaif_jax.evaluation.statistics import mean_ci
-from rlaif_jax.files import read_parquet, write_json, write_parquet, write_text
+from rlaif_jax.files import read_parquet, remove_folder, there, write_json, write_parquet, write_text
 from rlaif_jax.judge import store
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.reporting.audit_page import render_audit
@@ -42,11 +42,11 @@ def candidate_pairs(run: Run) -> list[Pair]:
     """Two replies of the policy to each prompt, from `label/candidates.parquet`, which is made if missing."""
     folder = run.folder("label")
     candidates = folder / "candidates.parquet"
-    if not candidates.exists():
+    if not there(candidates):
         if run.worker.index:
             raise UserError(f"{candidates} is missing: worker 0 makes it, so start that one first")
         write_parquet(candidates, _sample_candidates(run, folder / "candidates"))
-    (folder / "candidates").rmtree(missing_ok=True)  # the shards of what the file now has
+    remove_folder(folder / "candidates")  # the shards of what the file now has
     return [Pair(row["prompt"], row["response_a"], row["response_b"]) for row in read_parquet(candidates).to_pylist()]
 
 

@@ -17,13 +17,7 @@ from rlaif_jax.evaluation.overoptimisation import (
     fit_rl,
 )
 from rlaif_jax.evaluation.statistics import mean_ci
-from rlaif_jax.files import (
-    read_json_lines,
-    read_parquet,
-    write_json,
-    write_parquet,
-    write_text,
-)
+from rlaif_jax.files import read_json_lines, read_parquet, remove_folder, there, write_json, write_parquet, write_text
 from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
 from rlaif_jax.stages.replies import Replies, keep_replies
 from rlaif_jax.stages.reward_model import load_reward_model
@@ -40,10 +34,10 @@ def run_overoptimisation(run: Run) -> None:
     Raises UserError where too few replies have both rewards.
     """
     folder = run.folder("overoptimisation")
-    if not (folder / "samples.parquet").exists():
+    if not there(folder / "samples.parquet"):
         write_parquet(folder / "samples.parquet", _sample(run))
     for shards in (_replies_folder(folder), _scores_folder(folder)):
-        shards.rmtree(missing_ok=True)
+        remove_folder(shards)
     best, best_curve = best_of_n_figures(run, read_parquet(folder / "samples.parquet").to_pydict())
     rl, rl_curve = rl_figures(run, read_json_lines(run.folder("rl") / "metrics.jsonl"))
     write_json(folder / "results.json", best | rl)

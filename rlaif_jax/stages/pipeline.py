@@ -13,6 +13,7 @@ from rlaif_jax.judge.constitution import load_constitution
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.models import gguf
+from rlaif_jax.parallel import processes
 from rlaif_jax.stages.best_of_n import run_best_of_n
 from rlaif_jax.stages.critique import check_reviser, critique_template, run_critique
 from rlaif_jax.stages.evaluate import run_evaluation
@@ -142,6 +143,7 @@ def run_stages(run: Run, names: list[str]) -> None:
             print(f"{name}: this worker is done; the last one to be finishes the stage", flush=True)
             return
         write_json(run.record(name), {"done": True, "config": inputs})
+        processes.stop_if_asked()
 
 
 def stage_inputs(run: Run, name: str) -> dict:
@@ -206,6 +208,10 @@ def _file_hashes(run: Run) -> dict[str, str]:
 
 def is_done(run: Run, name: str) -> bool:
     """Whether a stage has run to its end. Raises UserError where the record of it is damaged."""
+    return processes.agree(_is_done(run, name))
+
+
+def _is_done(run: Run, name: str) -> bool:
     record = run.record(name)
     if not record.exists() or not _read_record(record)["done"]:
         return False

@@ -14,12 +14,13 @@ from flax import struct
 from rlaif_jax.config import PreferenceConfig
 from rlaif_jax.data.encoding import decode_responses
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_parquet, write_parquet
+from rlaif_jax.files import read_parquet, there, write_parquet
 from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import Judgement, judge_pairs, live_plan, load_judge
 from rlaif_jax.judge.store import UNSCORED
 from rlaif_jax.losses.preference import preference_loss
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.stages.preferences import (
     Comparisons,
@@ -150,11 +151,11 @@ def _offline(run: Run, model: LanguageModel, reference):
 def _stored_reference(run: Run, model: LanguageModel, reference, pairs: Comparisons) -> tuple[np.ndarray, np.ndarray]:
     """The reference's log-prob of each response: two [pairs] float32, from `reference.parquet`, made if missing."""
     config, file = run.config.preference, run.folder("preference") / "reference.parquet"
-    if not file.exists():
+    if not there(file):
         columns = {}
         for name in ("a", "b"):
             found = [
-                np.asarray(reference_logprobs(model, reference, batch, config.sampling.temperature))[:rows]
+                processes.to_host(reference_logprobs(model, reference, batch, config.sampling.temperature))[:rows]
                 for rows, batch in padded_batches(getattr(pairs, name), config.batch_size, run.placement)
             ]
             columns[f"ref_logprob_{name}"] = np.concatenate(found)
@@ -179,14 +180,14 @@ def _online(run: Run, model: LanguageModel, reference):
         sampled = rollouts.sample(params, step).sequences
         sides = [jax.tree.map(lambda x, side=side: x[side::2], sampled) for side in (0, 1)]
         references = [reference_logprobs(model, reference, side, config.sampling.temperature) for side in sides]
-        host = jax.device_get(sampled)
+        host = processes.to_host(sampled)
         texts = decode_responses(tokenizer, host.responses, host.response_mask)
         prompts = rollouts.prompts(step)[::2]
         asked = list(map(Pair, prompts, texts[::2], texts[1::2]))
         ids = range(step * config.batch_size, (step + 1) * config.batch_size)
         if principles:
             asked = draw_principles(principles, draws(run), asked, ids)
-        judged = judge_pairs(judge, asked, plan, ids)
+        judged = processes.parted(asked, lambda pairs, ids: judge_pairs(judge, pairs, plan, ids), ids)
         prob_a, weight = _labels(run, judged, step)
         batch = PreferenceBatch(Comparisons(*sides, *shard_batch((prob_a, weight), mesh)), *references)
         lengths = host.response_mask.sum(axis=1)

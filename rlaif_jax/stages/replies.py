@@ -11,11 +11,12 @@ from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import Stopped, UserError
 from rlaif_jax.files import read_shards, write_checked_parquet
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.progress import progress
 from rlaif_jax.sampling.continuous import Sampler, sample
@@ -91,9 +92,13 @@ def keep_rows(
             rows[row] = reply
             fresh.append({"row": row} | reply | (about[row // copies] if about else {}))
             bar.update()
-            if len(fresh) == commit_every or len(rows) == total:
-                write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=schema))
+            stop = processes.stop_point()
+            if len(fresh) == commit_every or len(rows) == total or stop:
+                if processes.first():
+                    write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=schema))
                 fresh, shards = [], shards + 1
+            if stop:
+                raise Stopped
     return rows
 
 

@@ -24,6 +24,7 @@ from rlaif_jax.losses.reward import bradley_terry_loss
 from rlaif_jax.models.parameters import init_parameters
 from rlaif_jax.models.transformer import ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, over_pairs, read_preferences
 from rlaif_jax.stages.principles import draws
@@ -204,13 +205,17 @@ def _uncalibrated(run: Run, params, principles: Mapping[str, float]) -> RewardMo
     if config.combine == "weights":
         params = jax.tree.map(lambda x: jnp.mean(x, axis=0, keepdims=True), params)
     members = 1 if config.combine == "weights" else config.members
-    zero, one = (jax.device_put(jnp.float32(x), run.placement.whole) for x in (0, 1))
-    found = RewardModel(params, jnp.zeros(members) + zero, zero, one, config.combine, config.uncertainty_coef)
+    means, zero, one = (_whole(run, x) for x in (np.zeros(members), 0, 1))
+    found = RewardModel(params, means, zero, one, config.combine, config.uncertainty_coef)
     if not principles:
         return found
     weights = np.array([*principles.values()], np.float32)
-    weights = jax.device_put(weights / weights.sum(), run.placement.whole)
-    return found.replace(weights=weights, principles=tuple(principles))
+    return found.replace(weights=_whole(run, weights / weights.sum()), principles=tuple(principles))
+
+
+def _whole(run: Run, x) -> jax.Array:
+    """A number or an array of them in float32, on every device."""
+    return put(np.asarray(x, np.float32), run.placement.whole)
 
 
 def _finish(run: Run, params, table: Mapping[str, list], comparisons: Comparisons) -> None:
@@ -219,7 +224,7 @@ def _finish(run: Run, params, table: Mapping[str, list], comparisons: Comparison
     reward_model = _uncalibrated(run, params, principles)
     members = [member_scores(run, reward_model, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
     means = np.concatenate(members, axis=1).mean(axis=1)  # [members]
-    centred = reward_model.replace(means=means.astype(np.float32))
+    centred = reward_model.replace(means=_whole(run, means))
     rewards = [score(run, centred, x, config.batch_size) for x in (comparisons.a, comparisons.b)]
     _, held_out = split_rows(config, table["pair"])
     pairs = {name: values[held_out] for name, values in table.items()}
@@ -327,16 +332,15 @@ def load_reward_model(run: Run) -> RewardModel:
     file = run.folder("reward_model") / "normalisation.json"
     if not file.exists():
         raise UserError(f"{file} is missing: run --stages=reward_model to its end")
-    normalisation, whole = read_json(file), run.placement.whole
-    numbers = jax.device_put([np.float32(normalisation[name]) for name in ("mean", "scale")], whole)
-    means = jax.device_put(np.float32(normalisation["member_means"]), whole)
+    normalisation = read_json(file)
+    means, offset, scale = (_whole(run, normalisation[name]) for name in ("member_means", "mean", "scale"))
     params = run.trained_params("reward_model", run.scalar_model(), run.config.reward_model.members)
     # Those that it was trained by: the file of the constitution may say something else by now.
     principles = normalisation.get("principles", {})
     if run.config.reward_model.by_principle and not principles:
         raise UserError(f"{file} is of another version, without the principles of its members: train it again")
     reward_model = _uncalibrated(run, params, principles)
-    return reward_model.replace(means=means, offset=numbers[0], scale=numbers[1])
+    return reward_model.replace(means=means, offset=offset, scale=scale)
 
 
 def first_member(reward_model: RewardModel) -> dict:
@@ -359,7 +363,7 @@ def member_scores(run: Run, reward_model: RewardModel, sequences: Sequences, bat
 
 def _in_batches(rewards: Callable[[Sequences], jax.Array], run: Run, sequences: Sequences, batch_size: int):
     found = [
-        np.asarray(rewards(batch))[..., :rows] for rows, batch in padded_batches(sequences, batch_size, run.placement)
+        to_host(rewards(batch))[..., :rows] for rows, batch in padded_batches(sequences, batch_size, run.placement)
     ]
     return np.concatenate(found, axis=-1)
 

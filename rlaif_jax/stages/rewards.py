@@ -15,6 +15,7 @@ from rlaif_jax.config import ScorersConfig
 from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.judge.score import Judge, JudgeConfig, load_judge, rate
+from rlaif_jax.parallel import processes
 from rlaif_jax.stages.folders import last_round, name_in_round, stage_folder
 from rlaif_jax.stages.replies import Replies
 from rlaif_jax.stages.reward_model import load_reward_model, score
@@ -43,8 +44,8 @@ class Scorers:
         if self.judge:
             parts["judge"] = self.config.judge, rate(self.judge, prompts, responses)
         if self.verifier:
-            values = verified(self.verifier, prompts, responses, self.config.verifier_function, self.group)
-            parts["verifier"] = self.config.verifier, values
+            by_verifier = functools.partial(verified, self.verifier, self.config.verifier_function, self.group)
+            parts["verifier"] = self.config.verifier, np.array(processes.parted(prompts, by_verifier, responses), float)
         if self.reward_model:
             parts["reward_model"] = self.config.reward_model, self.reward_model(prompts, responses)
         return parts

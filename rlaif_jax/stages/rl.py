@@ -1,7 +1,6 @@
 """Policy gradients: the policy samples, its responses are scored, policy and value network are updated."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,9 @@ from rlaif_jax.data.encoding import decode_responses
 from rlaif_jax.data.packing import PackedRows, lay_out
 from rlaif_jax.errors import UserError
 from rlaif_jax.models.parameters import init_parameters
-from rlaif_jax.parallel.mesh import batch_sharding, shard_batch
+from rlaif_jax.parallel.mesh import batch_sharding, shard_batch, shard_rows
+from rlaif_jax.parallel.processes import put, to_host
+from rlaif_jax.progress import warn
 from rlaif_jax.stages.reward_model import first_member, load_reward_model
 from rlaif_jax.stages.rewards import load_gold, load_rewards
 from rlaif_jax.stages.rollouts import Rollouts
@@ -49,7 +50,7 @@ def run_rl(run: Run) -> None:
         value = None
         if config.advantage == "gae":
             value = init_state(scalar_model, _value_params(run, reference), value_optimizer, run.placement)
-        control = jax.device_put(initial_control(config), run.placement.whole)
+        control = jax.tree.map(lambda x: put(x, run.placement.whole), initial_control(config))
         pending = rollouts.sample(reference, 0) if config.rollout_lag else None
         return RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, control, pending)
 
@@ -61,7 +62,7 @@ def run_rl(run: Run) -> None:
             sampled = rollouts.sample(state.params, step)
         prompts, scores, text_metrics = rollouts.prompts(step), zeros, {}
         if text_rewards.needed or gold.needed:
-            sequences = jax.device_get(sampled.sequences)
+            sequences = to_host(sampled.sequences)
             texts = decode_responses(tokenizer, sequences.responses, sequences.response_mask)
         if text_rewards.needed:
             host_scores, text_metrics = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1))
@@ -79,7 +80,7 @@ def run_rl(run: Run) -> None:
         def shown() -> list[dict]:
             if step % config.samples_every and step + 1 < config.steps:
                 return []
-            first, reward = jax.device_get((jax.tree.map(lambda x: x[:1], rollout.sequences), scores[0]))
+            first, reward = to_host((jax.tree.map(lambda x: x[:1], rollout.sequences), scores[0]))
             (reply,) = decode_responses(tokenizer, first.responses, first.response_mask)
             reward = float(reward) if np.isfinite(reward) else None
             return [{"prompt": prompts[0], "response": reply, "reward": reward}]
@@ -142,7 +143,7 @@ class _Watch:
             )
         for name, text in alarms(metrics, self._config.alarms).items():
             if name not in self._said:
-                print(f"rlaif_jax: alarm at rl step {step}: {text}", file=sys.stderr, flush=True)
+                warn(f"alarm at rl step {step}: {text}")
                 self._said.add(name)
 
 
@@ -164,7 +165,8 @@ def _demonstrations(run: Run):
     batches = shuffled_batches(range(len(rows)), count, run.order_seed("ptx"), what, "rows")
 
     def batch(step: int) -> PackedRows:
-        return shard_batch(lay_out([rows[row] for row in batches[step]], sft.row_length), run.placement.mesh)
+        chosen = [rows[row] for row in batches[step]]
+        return shard_rows(chosen, lambda rows: lay_out(rows, sft.row_length), run.placement.mesh)
 
     return batch
 

@@ -23,12 +23,13 @@ from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.names import stage_and_iteration
-from rlaif_jax.files import read_json, read_parquet
+from rlaif_jax.files import read_json, read_parquet, there
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
+from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import batch_ways, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 from rlaif_jax.training.checkpoints import check_whole, restore_params
@@ -71,7 +72,7 @@ class Run:
         """The random key of a step of a stage: a function of seed, stage and step, never of what ran before."""
         name = name_in_round(stage, self.round)
         numbers = np.array([self.config.seed, zlib.crc32(name.encode()) & 0x7FFFFFFF, step], np.uint32)
-        return _key(jax.device_put(numbers, self.placement.whole))
+        return _key(processes.put(numbers, self.placement.whole))
 
     def order_seed(self, stage: str) -> int:
         """The seed of the order in which a stage reads its data; each stage has its own."""
@@ -236,9 +237,9 @@ def with_seed(config: Config, workdir: epath.Path | None) -> Config:
     if config.seed != -1:
         return config
     begun = None if workdir is None else workdir / "config.json"
-    if begun is not None and begun.exists():
+    if begun is not None and there(begun):
         return dataclasses.replace(config, seed=read_json(begun)["config"]["seed"])
-    seed = secrets.randbelow(2**31)
+    seed = processes.agree(secrets.randbelow(2**31))
     print(f"seed: {seed} (drawn)", flush=True)
     return dataclasses.replace(config, seed=seed)
 

@@ -15,7 +15,7 @@ from rlaif_jax.data.prepare import load, prepare, training_texts
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import init_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
-from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.parallel.mesh import shard_rows
 from rlaif_jax.stages.replies import sample_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.stages.teacher import teacher_demonstrations
@@ -50,9 +50,11 @@ def tune(
     step_fn = step_function(model, optimizer, config)
 
     def next_step(state: TrainState, step: int):
-        batch = lay_out([rows[row] for row in batches[step]], row_length)
-        state, metrics = step_fn(state, shard_batch(batch, run.placement.mesh))
-        tokens, params = (batch.segment_ids > 0).sum(), state.params
+        chosen = [rows[row] for row in batches[step]]
+        batch = shard_rows(chosen, lambda rows: lay_out(rows, row_length), run.placement.mesh)
+        state, metrics = step_fn(state, batch)
+        tokens = sum(len(prompt) + len(completion) for row in chosen for prompt, completion in row)
+        params = state.params
         samples = lambda: _samples(run, stage, params) if step + 1 == config.steps else []  # noqa: E731
         return state, metrics | {"tokens": tokens}, samples
 

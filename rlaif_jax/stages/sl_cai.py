@@ -7,7 +7,7 @@ policy, so that what it has learned of the task stays: with no demonstrations at
 import numpy as np
 import pyarrow as pa
 
-from rlaif_jax.files import read_parquet, write_json, write_parquet
+from rlaif_jax.files import read_parquet, there, write_json, write_parquet
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.sft import demonstrations, packed_replies, tune
 
@@ -18,7 +18,7 @@ def run_sl_cai(run: Run) -> None:
     """
     folder = run.folder("sl_cai")
     file = folder / "examples.parquet"
-    if not file.exists():
+    if not there(file):
         write_parquet(file, pa.Table.from_pylist(_examples(run), _SCHEMA))
     examples = read_parquet(file)
     write_json(folder / "results.json", _counts(examples["row"].null_count, examples.num_rows))

@@ -8,7 +8,7 @@ import pyarrow as pa
 from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import read_parquet, write_parquet
+from rlaif_jax.files import read_parquet, remove_folder, there, write_parquet
 from rlaif_jax.models import gguf
 from rlaif_jax.sampling.continuous import Sampler
 from rlaif_jax.sampling.stopping import make_stopping
@@ -22,9 +22,9 @@ def teacher_demonstrations(run: Run) -> dict[str, list]:
     Replies that reach their limit, or are too long for the policy, are left out. Raises UserError where none is left.
     """
     file = run.folder("sft") / "data" / "teacher.parquet"
-    if not file.exists():
+    if not there(file):
         write_parquet(file, pa.table(_taught(run)))
-        (run.folder("sft") / "teacher").rmtree(missing_ok=True)  # the shards of what the file now has
+        remove_folder(run.folder("sft") / "teacher")  # the shards of what the file now has
     return read_parquet(file).to_pydict()
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 from etils import epath
 
 from rlaif_jax.files import read_shards, write_checked_parquet
+from rlaif_jax.parallel import processes
 from rlaif_jax.progress import progress
 
 
@@ -19,7 +20,7 @@ def keep_values(
 ) -> dict[str, list[float]]:
     """The columns `names` of rows 0 to `total` - 1, `commit_every` rows a shard in `folder`; those there are kept.
 
-    compute: rows -> their values by name. Raises UserError where a shard is damaged.
+    compute: rows -> their values by name, in all processes alike. Raises UserError where a shard is damaged.
     """
     shards = [table for _, table in read_shards(folder, "its replies alone are scored again")]
     kept = {row["row"]: row for table in shards for row in table.to_pylist()}
@@ -29,7 +30,9 @@ def keep_values(
             rows = missing[start : start + commit_every]
             values = compute(rows)
             table = pa.table({"row": rows} | {name: values[name] for name in names})
-            write_checked_parquet(folder, f"{rows[0]:08d}", table)
+            if processes.first():
+                write_checked_parquet(folder, f"{rows[0]:08d}", table)
+            processes.stop_if_asked()
             kept |= {row["row"]: row for row in table.to_pylist()}
             bar.update(len(rows))
     return {name: [kept[row][name] for row in range(total)] for name in names}

@@ -32,7 +32,7 @@ def find_verifier(name: str, group: str) -> Verifier:
     return found
 
 
-def verified(verifier: Verifier, prompts: Sequence[str], responses: Sequence[str], name: str, group: str) -> np.ndarray:
+def verified(verifier: Verifier, name: str, group: str, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """What a verifier makes of responses: [n] float64, NaN where it has no number.
 
     Raises UserError where it raises anything, or returns anything but a number or None for each response; it says

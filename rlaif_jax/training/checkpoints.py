@@ -1,9 +1,11 @@
 """Orbax checkpoints of a stage, each file with a checksum of ours: Orbax does not notice flipped bytes.
 
-`STEP/` is Orbax's: the parameters, and apart from them the rest of the state. `checksums/STEP.json` is written once
-Orbax has finished the step: a checkpoint without it is one that a kill cut short, and counts for nothing.
+`STEP/` is Orbax's: the parameters, and apart from them the rest of the state, by every process what its devices hold.
+`checksums/STEP.json` is written once Orbax has finished the step: a checkpoint without it is one that a kill cut short,
+and counts for nothing. Of several processes each hashes a part of the files, and checks a part.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -11,8 +13,8 @@ import json
 import math
 import os
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +23,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import file_hashes, write_json
+from rlaif_jax.files import file_hashes, write_alone
+from rlaif_jax.parallel import processes
+from rlaif_jax.progress import warn
 
 State = TypeVar("State")
 _KEEP = 2  # the newest, and the one to fall back on
@@ -38,6 +42,7 @@ class Checkpoints:
     def __init__(self, folder: epath.Path, keep_best: str = "", keep_every: int = 0):
         """keep_best: "", or "min METRIC" or "max METRIC"; keep_every: of whose multiples every one is kept, or 0."""
         self.folder, self._keep_best, self._keep_every = _absolute(folder), keep_best, keep_every
+        self._finisher, self._pending = ThreadPoolExecutor(1), None  # of the save under way
 
     def resume(self, abstract: State) -> tuple[int, State] | None:
         """Step and state of the newest whole checkpoint, on the shardings of `abstract`; None where there is none.
@@ -46,8 +51,7 @@ class Checkpoints:
         Raises UserError where all are damaged, and where the state does not fit.
         """
         self._sweep()
-        steps = _steps(self.folder)
-        cut_short = [step for step in steps[-1:] if not _manifest(self.folder, step).exists()]
+        steps, cut_short = processes.agree(_steps_and_unfinished(self.folder))
         finished = [step for step in steps if step not in cut_short]
         damaged: dict[int, str] = {}
         for step in reversed(finished):
@@ -61,11 +65,12 @@ class Checkpoints:
                 f"train the stage from its start"
             )
         for bad, reason in damaged.items():
-            print(f"rlaif_jax: deleted checkpoint {self.folder}/{bad}, which {reason}", file=sys.stderr)
-        if jax.process_index() == 0:
+            warn(f"deleted checkpoint {self.folder}/{bad}, which {reason}")
+        if processes.first():
             for bad in (*cut_short, *damaged):
                 (self.folder / str(bad)).rmtree()
             self._prune()
+        processes.barrier()
         if not finished:
             return None
         step = finished[-1 - len(damaged)]
@@ -73,34 +78,64 @@ class Checkpoints:
         restored = {name: _restore(self.folder / str(step) / name, item) for name, item in items.items()}
         return step, dataclasses.replace(abstract, params=restored["params"], **restored["rest"])
 
-    def save(self, step: int, state, metrics: Mapping[str, float | None]) -> None:
-        """Writes a checkpoint; it counts only once its checksums are there. metrics: of the step just done."""
+    def save(self, step: int, state, metrics: Mapping[str, float | None], planned: bool = True) -> None:
+        """Begins to write a checkpoint, once the one before is finished; it counts only once its checksums are there.
+
+        metrics: of the step just done. planned: False for one that SIGTERM made, which is never the best: that would
+        depend on when it came.
+        """
+        self._finish()
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(_rest(state))}
         manager = self._manager
         _check_room(self.folder, state)
-        try:
-            saved = manager.save(step, args=ocp.args.Composite(**items), metrics=self._ranked(metrics))
-            manager.wait_until_finished()
-        except BaseException:
-            self._sweep()  # half a checkpoint would take room from whoever runs out of it
-            raise
+        with self._swept():
+            saved = manager.save(step, args=ocp.args.Composite(**items), metrics=self._ranked(metrics, planned))
         if not saved:
             raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, which has {_steps(self.folder)}")
-        if jax.process_index() == 0:
-            names = _files(self.folder / str(step))
-            hashes = file_hashes([self.folder / str(step) / name for name in names])
-            write_json(_manifest(self.folder, step), dict(zip(names, hashes, strict=True)))
+        self._pending: Future | None = self._finisher.submit(self._write_checksums, step)
+
+    def _write_checksums(self, step: int) -> None:
+        """Waits for Orbax, in a thread of its own."""
+        with self._swept():
+            self._manager.wait_until_finished()
+        name = f"checksums/{self.folder}/{step}"
+        names = processes.agree(_files(self.folder / str(step)) if processes.first() else [], name)
+        mine = names[processes.index() :: processes.count()]
+        hashes = file_hashes([self.folder / str(step) / name for name in mine])
+        parts = processes.gather(dict(zip(mine, hashes, strict=True)), f"{name}/parts")
+        if processes.first():
+            found = {name: digest for part in parts for name, digest in part.items()}
+            write_alone(_manifest(self.folder, step), json.dumps(found, indent=2, sort_keys=True) + "\n")
             self._prune()
 
-    def _ranked(self, metrics: Mapping[str, float | None]) -> dict[str, float]:
+    def _finish(self) -> None:
+        """Waits for the save under way. Raises what has gone wrong in it."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    @contextlib.contextmanager
+    def _swept(self) -> Iterator[None]:
+        """Sweeps after a failure: half a checkpoint would take room from whoever runs out of it."""
+        try:
+            yield
+        except BaseException:
+            self._sweep()
+            raise
+
+    def _ranked(self, metrics: Mapping[str, float | None], planned: bool) -> dict[str, float]:
         """Metrics to choose the best by; one that a step has not got is the worst."""
         worst = math.inf if self._keep_best.startswith("min") else -math.inf
-        return {name: worst if value is None else value for name, value in metrics.items()}
+        return {name: worst if value is None or not planned else value for name, value in metrics.items()}
 
     def close(self) -> None:
-        """Releases the manager's threads."""
-        if "_manager" in self.__dict__:
-            self._manager.close()
+        """Waits for the save under way, and releases the threads."""
+        try:
+            self._finish()
+        finally:
+            self._finisher.shutdown()
+            if "_manager" in self.__dict__:
+                self._manager.close()
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -124,7 +159,6 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 create=True,
-                enable_async_checkpointing=False,
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
                 **options,
             ),
@@ -132,7 +166,7 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Deletes what unfinished saves have left."""
-        if self.folder.exists() and jax.process_index() == 0:
+        if processes.first() and self.folder.exists():
             for path in self.folder.iterdir():
                 if _TEMPORARY in path.name:
                     path.rmtree()
@@ -175,6 +209,12 @@ def _steps(folder: epath.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
+def _steps_and_unfinished(folder: epath.Path) -> tuple[list[int], list[int]]:
+    """The steps that are there, and the last of them where it is not finished."""
+    steps = _steps(folder)
+    return steps, [step for step in steps[-1:] if not _manifest(folder, step).exists()]
+
+
 def _manifest(folder: epath.Path, step: int) -> epath.Path:
     return folder / "checksums" / f"{step}.json"
 
@@ -214,8 +254,10 @@ def damage(folder: epath.Path, step: int) -> str:
     missing = sorted(hashes.keys() - set(_files(folder / str(step))))
     if missing:
         return f"has lost {missing[0]}"
-    found = file_hashes([folder / str(step) / name for name in hashes])
-    changed = [name for name, new in zip(hashes, found, strict=True) if new != hashes[name]]
+    mine = list(hashes)[processes.index() :: processes.count()]
+    found = zip(mine, file_hashes([folder / str(step) / name for name in mine]), strict=True)
+    bad = processes.gather([name for name, new in found if new != hashes[name]])
+    changed = [name for part in bad for name in part]
     return f"has other bytes in {changed[0]} than were written" if changed else ""
 
 

@@ -3,16 +3,15 @@
 import contextlib
 import dataclasses
 import math
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import jax
 from etils import epath
 
-from rlaif_jax.errors import UserError
-from rlaif_jax.progress import progress
+from rlaif_jax.errors import Stopped, UserError
+from rlaif_jax.parallel import processes
+from rlaif_jax.progress import progress, warn
 from rlaif_jax.training.checkpoints import Checkpoints
 from rlaif_jax.training.metrics import StageLog
 
@@ -50,24 +49,27 @@ def train(
 
     Checkpoints and metrics go to `folder`, TensorBoard files to `logs` beside it. `watch` is told of each step's
     metrics once they are logged, and may raise. Raises UserError, keeping the last checkpoint, where more updates than
-    allowed were skipped, and where a metric is not finite although none was. Metrics of a skipped update are null.
+    allowed were skipped, and where a metric is not finite although none was; and Stopped, with a checkpoint of the step
+    just done, where a process was sent SIGTERM. Metrics of a skipped update are null.
     """
     name, saved, began = folder.name, 0, 0.0
     unlogged: list[tuple[int, dict, Callable[[], list[dict]]]] = []
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_best, config.keep_every)) as checkpoints:
         start, state = checkpoints.resume(abstract) or (0, init())
         saved, began = start, time.perf_counter()
-        with contextlib.closing(StageLog(folder, folder.parent / "logs", start)) as log:
+        with _log(folder, start) as log:
 
             def flush() -> dict[str, float]:
                 """Waits for the step that was begun last, and logs it."""
                 nonlocal began
                 step, values, samples = unlogged.pop()
-                found = {key: float(value) for key, value in jax.device_get(values).items()}
+                found = {key: float(value) for key, value in processes.to_host(values).items()}
                 _check(name, config, folder, step, saved, found)
                 metrics = {key: value if math.isfinite(value) else None for key, value in found.items()}
                 now = time.perf_counter()
-                log.write(step, metrics, samples(), now - began)
+                shown = samples()
+                if log:
+                    log.write(step, metrics, shown, now - began)
                 watch(step, metrics)
                 began = now
                 return metrics
@@ -78,10 +80,23 @@ def train(
                     flush()
                 unlogged.append((step, metrics, samples))
                 done = step + 1
-                if config.saves(done):
-                    checkpoints.save(done, state, flush())
+                stop = processes.stop_point()
+                if config.saves(done) or stop:
+                    checkpoints.save(done, state, flush(), config.saves(done))
                     saved = done
+                if stop:
+                    raise Stopped
     return state
+
+
+@contextlib.contextmanager
+def _log(folder: epath.Path, start: int) -> Iterator[StageLog | None]:
+    """The stage's log, in the process that reports."""
+    if not processes.first():
+        yield None
+        return
+    with contextlib.closing(StageLog(folder, folder.parent / "logs", start)) as log:
+        yield log
 
 
 def _check(name: str, config: LoopConfig, folder: epath.Path, step: int, saved: int, metrics: dict) -> None:
@@ -97,7 +112,7 @@ def _check(name: str, config: LoopConfig, folder: epath.Path, step: int, saved: 
             f"{saved}. Lower config.{name}.optimizer.learning_rate, and use another --workdir or delete {folder}"
         )
     if here:
-        print(f"rlaif_jax: stage {name}, step {step}: {what} not finite, {here:.0f} skipped", file=sys.stderr)
+        warn(f"stage {name}, step {step}: {what} not finite, {here:.0f} skipped")
     if config.keep_best and config.keep_best.split()[1] not in metrics:
         raise UserError(
             f"config.{name}.keep_best={config.keep_best!r} names no metric of the stage; they are "

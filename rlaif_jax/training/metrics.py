@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.files import write_text
+from rlaif_jax.files import write_alone
 
 _FLUSH_SECONDS = 60  # a cloud bucket gets the whole event file at each flush
 
@@ -26,7 +26,7 @@ class JsonLines:
             lines = path.read_text().splitlines(keepends=True)
             whole = [(number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
             kept = [line for number, line in whole if self._step(number, line) < resume_step]
-        write_text(path, "".join(kept))
+        write_alone(path, "".join(kept))
         self._file = path.open("a")
 
     def _step(self, number: int, line: str) -> int:

@@ -70,7 +70,8 @@ def resumed_step(folder):
 @pytest.mark.parametrize("mesh", [eight_devices, one_device])
 def test_a_state_comes_back_bit_equal_on_any_mesh(folder, mesh):
     state = random_state(eight_devices())
-    Checkpoints(folder).save(7, state, {})
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(7, state, {})
     step, restored = Checkpoints(folder).resume(abstract(mesh()))
     assert step == 7
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -86,6 +87,13 @@ def test_the_newest_two_are_kept_and_the_newest_is_read(folder):
     assert resumed_step(folder) == 3
     params = restore_params(folder, 2, abstract_parameters(LanguageModel(CONFIG), one_device()))
     jax.tree.map(np.testing.assert_array_equal, params, random_state(one_device(), 2).params)
+
+
+def test_a_checkpoint_that_sigterm_made_is_never_the_best(folder):
+    with contextlib.closing(Checkpoints(folder, "min loss")) as checkpoints:
+        for step, loss, planned in ((2, 0.5, True), (3, 0.1, False), (4, 0.9, True), (6, 0.8, True)):
+            checkpoints.save(step, random_state(one_device(), step), {"loss": loss}, planned)
+    assert steps_in(folder) == [2, 4, 6]
 
 
 @pytest.mark.parametrize(("keep_best", "best"), [("min loss", 1), ("max loss", 3)])
