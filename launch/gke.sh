@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command on a Kubernetes cluster of GKE as a JobSet (launch/gke.yaml), one pod a machine, and follows its output.
+# Runs a command on a GKE cluster as a JobSet (launch/gke.yaml), one pod a machine, and follows its output.
 #
 #   bash launch/gke.sh [--dry-run] NAME --image=IMAGE --accelerator=TYPE FLAG... -- COMMAND...
 #
@@ -20,8 +20,8 @@
 #   --seeds=0,1,2    a JobSet for each, NAME-0 ..., in whose COMMAND %a stands for the seed
 #   --dry-run        prints the JobSet and the commands, and runs none
 #
-# The same command on a NAME that is there follows it. Ctrl-C ends the following alone; `kubectl delete jobset NAME` ends
-# the run. Exit status 0 where all JobSets complete. POLL: seconds between looks (10).
+# The same command on a NAME that is there follows it. Ctrl-C ends the following alone; `kubectl delete jobset NAME`
+# ends the run. Exit status 0 where all JobSets complete. POLL: seconds between looks (10).
 set -euo pipefail
 launch="$(cd "$(dirname "$0")" && pwd)"
 
