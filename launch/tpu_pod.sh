@@ -63,7 +63,7 @@ look() {
   now=$(resources describe "$name" --format='value(state.state)' 2>/dev/null) || now=
 }
 is_gone() {
-  [[ "$now" =~ ^(SUSPENDING|SUSPENDED|DELETING|FAILED|)$ ]]
+  [[ -z "$now" || "$now" =~ ^(SUSPENDING|SUSPENDED|DELETING|FAILED)$ ]]
 }
 pause() {
   echo "tpu_pod: $name is ${now:-gone}" >&2
