@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command on a Kubernetes cluster of GKE as a JobSet (launch/gke.yaml), one pod a machine, and follows its output.
+# Runs a command on a GKE cluster as a JobSet (launch/gke.yaml), one pod a machine, and follows its output.
 #
 #   bash launch/gke.sh [--dry-run] NAME --image=IMAGE --accelerator=TYPE FLAG... -- COMMAND...
 #
@@ -20,8 +20,8 @@
 #   --seeds=0,1,2    a JobSet for each, NAME-0 ..., in whose COMMAND %a stands for the seed
 #   --dry-run        prints the JobSet and the commands, and runs none
 #
-# The same command on a NAME that is there follows it. Ctrl-C ends the following alone; `kubectl delete jobset NAME` ends
-# the run. Exit status 0 where all JobSets complete. POLL: seconds between looks (10).
+# The same command on a NAME that is there follows it. Ctrl-C ends the following alone; `kubectl delete jobset NAME`
+# ends the run. Exit status 0 where all JobSets complete. POLL: seconds between looks (10).
 set -euo pipefail
 launch="$(cd "$(dirname "$0")" && pwd)"
 
@@ -89,27 +89,29 @@ yaml_list() {
 render() {
   local text key
   text=$(sed -E "/# ($(IFS='|'; echo "${left_out[*]}"))(:.*)?$/d" "$launch/gke.yaml")
-  flag[name]=$1 flag[command]=$2
+  flag[name]=$1
   for key in "${!flag[@]}"; do
     text=${text//"\${$key}"/"${flag[$key]}"}
   done
-  printf '%s\n' "$text"
+  printf '%s\n' "${text/"\${command}"/"$2"}"
 }
 
 # Follows the JobSet $1 until it has completed (status 0) or failed (1).
 follow() {
-  local state
+  local state pod shown=''
   while true; do
     state=$("${kubectl[@]}" get jobset "$1" --output='jsonpath={.status.terminalState}')
     [ -z "$state" ] || break
-    # Of the first pod alone, for it alone prints; it fails while there is none yet, or none again.
-    "${kubectl[@]}" logs --follow --tail=-1 --prefix --selector="$(first_pod "$1")" 2>/dev/null || true
+    pod=$("${kubectl[@]}" get pods --selector="$(first_pod "$1")" --output='jsonpath={.items[0].metadata.name}' \
+      2>/dev/null) || pod=  # there is none yet, or none again
+    if [ "$pod" != "$shown" ] && "${kubectl[@]}" logs --follow --prefix "$pod" 2>/dev/null; then shown=$pod; fi
     sleep "${POLL:-10}"
   done
   echo "gke: $1: $state" >&2
   [ "$state" = Completed ]
 }
 
+# The pod whose process prints.
 first_pod() {
   echo "jobset.sigs.k8s.io/jobset-name=$1,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 }
@@ -122,7 +124,7 @@ for seed in "${list[@]}"; do
   jobset=$(render "${names[-1]}" "$(yaml_list "${seed:-%a}" "$@")")
   if $dry_run; then
     printf -- '---\n%s\n# to: %s apply --filename=-\n' "$jobset" "${kubectl[*]}"
-    printf '# then: %s logs --follow --tail=-1 --prefix --selector=%s\n' "${kubectl[*]}" "$(first_pod "${names[-1]}")"
+    printf '# then: %s logs --follow --selector=%s\n' "${kubectl[*]}" "$(first_pod "${names[-1]}")"
   else
     "${kubectl[@]}" apply --filename=- <<< "$jobset"
   fi

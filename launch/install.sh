@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the JAX build for this machine's accelerator, the pinned requirements and the embedded model.
-# RLAIF_JAX_ACCELERATOR=cpu|cuda|tpu overrides the detection; PYTHON names the interpreter (3.11 or newer). Arguments are
-# more requirements files.
+# RLAIF_JAX_ACCELERATOR=cpu|cuda|tpu overrides the detection; PYTHON names the interpreter (3.11 or newer).
+# Arguments are more requirements files.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

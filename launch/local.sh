@@ -69,7 +69,7 @@ echo "local: logs in $logs"
 
 # Starts all processes and waits for them; sets `status` to what they come to.
 run_once() {
-  local i port pid code deadline='' left
+  local i port pid code deadline='' left told=0
   pids=() status=0
   port=$(free_port)
   for ((i = 0; i < count; i++)); do
@@ -86,6 +86,10 @@ run_once() {
       take "$code"
     done
     pids=("${left[@]}")
+    if [ "$told" -lt "$asked" ]; then
+      told=$asked
+      end_all TERM
+    fi
     if [ "$status" != 0 ] && [ -z "$deadline" ]; then
       deadline=$((SECONDS + ${GRACE:-60}))
       [ "$status" = 75 ] || end_all TERM  # with 75 they are saving, and a second SIGTERM would kill them
@@ -106,11 +110,10 @@ end_all() {
   [ ${#pids[@]} = 0 ] || kill "-$1" "${pids[@]}" 2>/dev/null || true
 }
 
-pids=()
-stopped=false
-trap 'stopped=true; end_all TERM' TERM INT HUP
+asked=0  # how often to stop
+trap '((++asked))' TERM INT HUP
 for ((attempt = 0; ; attempt++)); do
   run_once "$@"
-  if [ "$status" != 75 ] || $stopped || [ "$attempt" -ge "${RESTARTS:-0}" ]; then exit "$status"; fi
+  if [ "$status" != 75 ] || [ "$asked" != 0 ] || [ "$attempt" -ge "${RESTARTS:-0}" ]; then exit "$status"; fi
   echo "local: starting again ($((attempt + 1)) of $RESTARTS)" >&2
 done

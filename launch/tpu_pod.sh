@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Runs a command on all workers of a Cloud TPU slice, or of several, that it gets as a queued resource.
 #
-#   bash launch/tpu_pod.sh run NAME --zone=ZONE --accelerator-type=TYPE --runtime-version=VERSION [FLAG...] -- COMMAND...
+#   bash launch/tpu_pod.sh run NAME --zone=ZONE --accelerator-type=TYPE --runtime-version=VERSION FLAG... -- COMMAND...
 #   bash launch/tpu_pod.sh delete NAME --zone=ZONE
 #
-#   bash launch/tpu_pod.sh run pod --zone=us-east5-b --accelerator-type=v6e-64 --runtime-version=v2-alpha-tpuv6e --spot \
-#     -- python -m rlaif_jax.main --config=configs/smollm2.py --workdir=gs://BUCKET/runs/pod
+#   bash launch/tpu_pod.sh run pod --zone=us-east5-b --accelerator-type=v6e-64 --runtime-version=v2-alpha-tpuv6e \
+#     --spot -- python -m rlaif_jax.main --config=configs/smollm2.py --workdir=gs://BUCKET/runs/pod
 #
 # `run` asks for the resource, waits until it is there, copies this folder to all workers, installs it and runs the
-# command, whose --workdir must be where all workers can read and write. It runs the command again where its status is 75
-# (preempted, or a process was lost) or a connection broke, and asks for the resource anew where it is gone, RESTARTS
+# command, whose --workdir must be where all workers can read and write. It runs the command again where its status is
+# 75 (preempted, or a process was lost) or a connection broke, and asks for the resource anew where it is gone, RESTARTS
 # times (default 100) in all. The resource stays until `delete`; `run` with a NAME that exists goes on with that.
 #
 # --zone, --project and --quiet go to every gcloud command, --internal-ip and --tunnel-through-iap to ssh and scp, all
@@ -60,11 +60,10 @@ everywhere() {  # $1: a shell command, on all workers of all slices
 }
 # Sets `now` to the resource's state, such as ACTIVE; empty where there is no such resource.
 look() {
-  now=$(gcloud compute tpus queued-resources describe "$name" "${common[@]}" --format='value(state.state)' 2>/dev/null) ||
-    now=
+  now=$(resources describe "$name" --format='value(state.state)' 2>/dev/null) || now=
 }
 is_gone() {
-  [[ "$now" =~ ^(SUSPENDING|SUSPENDED|DELETING|FAILED|)$ ]]
+  [[ -z "$now" || "$now" =~ ^(SUSPENDING|SUSPENDED|DELETING|FAILED)$ ]]
 }
 pause() {
   echo "tpu_pod: $name is ${now:-gone}" >&2
@@ -95,8 +94,8 @@ acquire() {
 # Copies this folder to all workers, and installs there what is missing. The VMs' own Python is older than 3.11.
 # shellcheck disable=SC2016  # expanded on the workers
 install='set -e; mkdir -p rlaif_jax; tar -xzf rlaif_jax.tar.gz -C rlaif_jax
-PYTHON=$(command -v python3.13 || command -v python3.12 || command -v python3.11) || {
-  sudo apt-get update -qq; sudo apt-get install -y -qq python3.11-venv >/dev/null; PYTHON=python3.11; }
+for PYTHON in python3.13 python3.12 python3.11; do ! "$PYTHON" -c "" 2>/dev/null || break; done
+"$PYTHON" -c "" 2>/dev/null || { sudo apt-get update -qq; sudo apt-get install -y -qq python3.11-venv >/dev/null; }
 export PYTHON RLAIF_JAX_ACCELERATOR=tpu
 bash rlaif_jax/launch/install.sh requirements-cloud.txt'
 set_up() {
@@ -104,8 +103,8 @@ set_up() {
     everywhere "$install"
 }
 
-# Runs the command on all workers; sets `status` to 0, the first error, or 75. gcloud's own status may be that of a broken
-# connection, which says nothing of the command, so that has to run again.
+# Runs the command on all workers; sets `status` to 0, the first error, or 75. gcloud's own status may be that of a
+# broken connection, which says nothing of the command, so that has to run again.
 run_command() {
   local error
   status=0

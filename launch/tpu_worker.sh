@@ -11,20 +11,20 @@ trap 'echo "tpu_worker: process ${JAX_PROCESS_ID:-} ended with status $?"' EXIT
 attribute() {
   curl -sf -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
 }
-# A value of the tpu-env attribute, whose lines are KEY: 'VALUE'; of several slices it tells which one this is.
+# What the tpu-env attribute, whose lines are KEY: 'VALUE', tells of several slices, $2 where there is but one.
 tpu_env() {
-  attribute tpu-env | sed -n "s/^ *$1 *: *'\{0,1\}\([^']*\)'\{0,1\} *$/\1/p"
+  local found
+  found=$(sed -n "s/^ *MEGASCALE_$1 *: *'\{0,1\}\([^']*\)'\{0,1\} *$/\1/p" <<< "$lines")
+  echo "${found:-$2}"
 }
 
 worker=$(attribute agent-worker-number)
 IFS=, read -r -a endpoints <<< "$(attribute worker-network-endpoints)"  # of this slice: HOST, or NAME:ID:HOST
-slices=$(tpu_env MEGASCALE_NUM_SLICES || true)
-slice=$(tpu_env MEGASCALE_SLICE_ID || true)
-coordinator=$(tpu_env MEGASCALE_COORDINATOR_ADDRESS || true)
-coordinator="${coordinator:-${endpoints[0]##*:}}"
+lines=$(attribute tpu-env || true)
 
-export JAX_NUM_PROCESSES=$((${slices:-1} * ${#endpoints[@]}))
-export JAX_PROCESS_ID=$((${slice:-0} * ${#endpoints[@]} + worker))
+export JAX_NUM_PROCESSES=$(($(tpu_env NUM_SLICES 1) * ${#endpoints[@]}))
+export JAX_PROCESS_ID=$(($(tpu_env SLICE_ID 0) * ${#endpoints[@]} + worker))
+coordinator=$(tpu_env COORDINATOR_ADDRESS "${endpoints[0]##*:}")
 export JAX_COORDINATOR_ADDRESS="${coordinator%%:*}:${JAX_COORDINATOR_PORT:-8476}"
 
 # A process of before, whose connection was lost, still has the chips.

@@ -84,7 +84,7 @@ def probe_reports(folder: Path) -> list[dict]:
 
 
 def terminate_one(folder: Path) -> threading.Thread:
-    """Sends SIGTERM to process 1 of a probe as soon as it is at work, as a scheduler does that wants its machine back."""
+    """Sends SIGTERM to process 1 of a probe once it is at work, as a scheduler does that wants its machine back."""
 
     def work():
         while not (folder / "process1.json").exists():

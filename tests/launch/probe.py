@@ -1,7 +1,7 @@
 """A small run: joins the other processes, adds up across them, counts steps, saves its count and stops when asked.
 
-python tests/launch/probe.py FOLDER [MODULE ...]: the first time it counts until it is stopped, then three steps more. Each
-process writes FOLDER/processI.json; FOLDER/saved is the count.
+python tests/launch/probe.py FOLDER: the first time it counts until it is stopped, then three steps more. Each process
+writes FOLDER/processI.json; FOLDER/saved is the count.
 """
 
 import json

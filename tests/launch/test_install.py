@@ -102,6 +102,23 @@ def test_another_accelerator_or_a_failure_is_installed_anew(machine):
     assert len(installed(machine)) == 3 + 2
 
 
+def test_the_image_has_what_its_installation_reads(machine, tmp_path_factory):
+    image = tmp_path_factory.mktemp("image")
+    lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
+    step = next(i for i, line in enumerate(lines) if "launch/install.sh" in line and line.startswith("RUN"))
+    for line in lines[:step]:
+        if line.startswith("COPY"):
+            _, source, target = line.split()
+            (image / target).mkdir(exist_ok=True)
+            for path in ROOT.glob(source):
+                shutil.copy(path, image / target)
+    command = ["bash", "-c", lines[step].removeprefix("RUN ")]
+    env = {"PATH": f"{machine}/bin:/usr/bin:/bin", "ACCELERATOR": "tpu"}
+    done = subprocess.run(command, cwd=image, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f" jax[tpu]{version()} " in installed(image)[0] and "-rrequirements-cloud.txt" in installed(image)[0]
+
+
 def test_bad_input_is_one_line(machine):
     unknown = install(machine, RLAIF_JAX_ACCELERATOR="gpu")
     assert (unknown.returncode, unknown.stderr) == (

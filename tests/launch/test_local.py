@@ -1,11 +1,14 @@
+import json
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.launch.conftest import PROBE, ROOT, check_probe, terminate_one
+from tests.tiny_judge import tiny_run_flags, write_judge
 
 LOCAL = "launch/local.sh"
 SHOW = 'echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS with ${CUDA_VISIBLE_DEVICES-all}"'
@@ -55,8 +58,8 @@ def test_who_does_not_end_is_killed(launcher):
     assert "ended with status 137" in done.stderr
 
 
-@pytest.mark.parametrize("end", ["exit 75", "kill -KILL $$"])
-def test_preempted_or_lost_is_started_again(launcher, end):
+def test_preempted_or_lost_is_started_again(launcher):
+    end = "[ $JAX_PROCESS_ID = 1 ] || kill -KILL $$; exit 75"
     once = f'[ -e "$1$JAX_PROCESS_ID" ] || {{ touch "$1$JAX_PROCESS_ID"; {end}; }}'
     command = ["bash", "-c", once, "-", launcher.state / "been"]
     assert launcher.run(LOCAL, 2, *command).returncode == 75
@@ -104,3 +107,28 @@ def test_two_processes_stop_at_one_step_and_go_on(launcher):
     done = launcher.run(LOCAL, 2, "python", PROBE, launcher.state, RESTARTS=1)
     assert done.returncode == 0, done.stdout + done.stderr
     check_probe(launcher.state)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_preempted_goes_on(launcher):
+    flags = tiny_run_flags(write_judge(launcher.state / "judge.gguf"), launcher.state / "run")
+    command = [*flags, "--stages=sft", "--config.sft.steps=40", "--config.sft.checkpoint_every=5"]
+    env = launcher.env | {"RESTARTS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = ["bash", LOCAL, "2", "python", "-m", "rlaif_jax.main", *command]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (launcher.state / "run" / "sft" / "checkpoints" / "5").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.kill(process_of(process.pid, 1), signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert output.count("local: a process ended with status 75") == 2 and "starting again (1 of 1)" in output, output
+    lines = (launcher.state / "run" / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(40))
+
+
+def process_of(launcher: int, index: int) -> int:
+    """The process of a launcher that knows itself as number `index`."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    [found] = [pid for pid in children if f"\0JAX_PROCESS_ID={index}\0" in Path(f"/proc/{pid}/environ").read_text()]
+    return int(found)

@@ -11,12 +11,12 @@ from rlaif_jax.parallel.processes import Place, place_from
 from tests.launch.conftest import PROBE, ROOT, check_probe, free_slurm_job, terminate_one
 
 SCRIPT = "launch/slurm.sbatch"
-# Writes its environment into FOLDER/TASK.json, and ends with the next of the statuses that FOLDER/statuses holds.
+# Writes down its environment and arguments, and ends with the next of its statuses.
 TASK = """
 import json, os, pathlib, sys
 folder, task = pathlib.Path(sys.argv[1]), os.environ["SLURM_PROCID"]
 (folder / f"{task}.json").write_text(json.dumps(dict(os.environ)))
-print(sys.argv[2:], flush=True)
+(folder / f"arguments-{os.environ.get('SLURM_ARRAY_TASK_ID')}-{task}").write_text(" ".join(sys.argv[2:]))
 left = json.loads((folder / f"statuses-{task}").read_text())
 (folder / f"statuses-{task}").write_text(json.dumps(left[1:]))
 if left[0] < 0:
@@ -68,9 +68,11 @@ def test_restarts_are_counted(launcher):
 
 
 def test_an_array_runs_a_seed_a_task(launcher):
-    done = submit(launcher, [(0, 0)] * 3, "--array=2-4", command=["--config.seeds=%a", "--workdir=runs/%a"], job=5000)
-    printed = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    assert printed == [str([f"--config.seeds={i}", f"--workdir=runs/{i}"]) for i in (2, 3, 4) for _ in range(2)]
+    command = ["--config.seeds=%a", "--workdir=runs/%a"]
+    assert submit(launcher, [(0, 0)] * 3, "--array=2-4", command=command).returncode == 0
+    arguments = {path.name: path.read_text() for path in launcher.state.glob("arguments-*")}
+    tasks = [(seed, task) for seed in (2, 3, 4) for task in range(2)]
+    assert arguments == {f"arguments-{i}-{task}": f"--config.seeds={i} --workdir=runs/{i}" for i, task in tasks}
 
 
 def test_what_ends_the_whole_job_ends_it(launcher):

@@ -21,7 +21,7 @@ if slices > 1:
     ]
 attributes = {
     "agent-worker-number": str(worker),
-    "worker-network-endpoints": ",".join(names),
+    "worker-network-endpoints": os.environ.get("STAND_IN_ENDPOINTS", ",".join(names)),
     "tpu-env": "\n".join(tpu_env),
 }
 name = arguments[-1].removeprefix(PREFIX)

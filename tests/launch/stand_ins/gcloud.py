@@ -1,7 +1,7 @@
 """gcloud compute tpus queued-resources create | describe | delete | scp | ssh.
 
-STAND_IN_STATES names the states that `describe` goes through, of one resource after another: the first resource is asked
-for at the first `create`. What is on a worker lies in the folder of its own: STATE/SLICE-WORKER.
+STAND_IN_STATES names the states that `describe` goes through, for one resource after another that is created. What is
+on a worker lies in a folder of its own: STATE/SLICE-WORKER.
 """
 
 import json
@@ -16,7 +16,10 @@ assert arguments[:3] == ["compute", "tpus", "queued-resources"]
 verb, name, rest = arguments[3], arguments[4], arguments[5:]
 assert option(rest, "zone") and "--quiet" in rest
 file = STATE / "resources.json"
-states = json.loads(file.read_text()) if file.exists() else {"now": [], "to come": json.loads(os.environ["STAND_IN_STATES"])}
+if file.exists():
+    states = json.loads(file.read_text())
+else:
+    states = {"now": [], "to come": json.loads(os.environ["STAND_IN_STATES"])}
 
 
 def save():

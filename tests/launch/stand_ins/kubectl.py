@@ -1,4 +1,4 @@
-"""kubectl apply | get jobset | logs, and the cluster: JobSet, Job, kubelet and GKE's webhook, as far as they are needed.
+"""kubectl apply | get jobset | get pods | logs, and the cluster as far as need be: JobSet, Job, kubelet, GKE's webhook.
 
 A JobSet runs while somebody looks at its logs. The names of pods stand in for addresses; here all are this machine.
 """
@@ -50,7 +50,7 @@ def pod(spec, hosts, index, job_index, jobs):
 def at_home(env):
     """The pod's environment, every pod's name being this machine's: the first one's port is free."""
     host, _, _ = env.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")
-    changed = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{os.environ['STAND_IN_PORT']}"} if host else {}
+    changed = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{os.environ.get('STAND_IN_PORT', 1)}"} if host else {}
     return os.environ | env | changed
 
 
@@ -92,9 +92,15 @@ if arguments[0] == "apply":
 elif arguments[:2] == ["get", "jobset"]:
     assert option(arguments, "output") == "jsonpath={.status.terminalState}"
     print(json.loads(remembered(arguments[2]).read_text())["state"], end="")
-elif arguments[0] == "logs":
+elif arguments[:2] == ["get", "pods"]:
+    assert option(arguments, "output") == "jsonpath={.items[0].metadata.name}"
     selected = dict(each.split("=") for each in option(arguments, "selector").split(","))
-    file = remembered(selected["jobset.sigs.k8s.io/jobset-name"])
+    assert selected["jobset.sigs.k8s.io/job-index"] == selected["batch.kubernetes.io/job-completion-index"] == "0"
+    name = selected["jobset.sigs.k8s.io/jobset-name"]
+    restarts = json.loads(remembered(name).read_text())["restarts"]
+    print(f"{name}-workers-0-0-{restarts:05}", end="")  # the last part is new with every pod
+elif arguments[0] == "logs":
+    file = remembered(arguments[-1].rsplit("-workers-0-0-", 1)[0])
     memory = json.loads(file.read_text())
     run(memory["jobset"], memory)
     file.write_text(json.dumps(memory))
