@@ -7,6 +7,7 @@ from rlaif_jax.data.prepare import load
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.main import main
+from tests.helpers import one_device_mesh
 
 TASKS = {"tldr": tldr, "hh_helpful": hh_helpful, "hh_harmless": hh_harmless, "scitldr": scitldr}
 CONFIGS = [(module, f"{arm}{scale}") for module in (quickstart, smollm2) for arm in quickstart.ARMS for scale in (
@@ -29,7 +30,7 @@ CONFIGS += [
 @pytest.mark.parametrize(("module", "arm"), CONFIGS, ids=lambda x: getattr(x, "__name__", x))
 def test_every_arm_of_every_config_is_valid(module, arm):
     config = parse(module.get_config(arm).to_dict())
-    check(config, 1, 1)
+    check(config, one_device_mesh(), one_device_mesh())
     check_decoder(config.policy.model, 0)
     assert all(load_template(judge.prompt).choices for judge in config.judges.values())
 
@@ -72,7 +73,7 @@ def test_nothing_rates_under_a_principle():
 
 @pytest.mark.parametrize("words", ["drlaif,grpo", "dpo,dpo", "best_of_n,ensemble", "dpo,rounds,panel,smoke"])
 def test_words_that_go_together_are_not(words):
-    check(parse(quickstart.get_config(words).to_dict()), 1, 1)
+    check(parse(quickstart.get_config(words).to_dict()), one_device_mesh(), one_device_mesh())
 
 
 @pytest.mark.parametrize(("scale", "kept"), [("", ("rl@8", "rl@16")), (",smoke", ("rl@2",))])

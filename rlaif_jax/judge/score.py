@@ -32,6 +32,7 @@ from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig
+from rlaif_jax.parallel.mesh import JUDGE_RULES
 from rlaif_jax.sampling.buckets import length_buckets
 from rlaif_jax.sampling.trees import Scorer, grow, score_trees, sum_by_choice
 
@@ -153,7 +154,7 @@ def make_judge(config: JudgeConfig, judge_model: JudgeModel, seed: int, placemen
     # Layers of their own are 1.2 times as fast as stacked ones, of which each call cuts copies (measured on a CPU).
     model = decoding_model(stacked)
     with jax.set_mesh(placement.mesh):
-        params = decoding_parameters(stacked, judge_model.params, placement)
+        params = decoding_parameters(stacked, judge_model.params, placement, JUDGE_RULES)
         prefix = read_prefix(model, params, jnp.asarray([preamble], jnp.int32)) if preamble else None
     jax.block_until_ready((params, prefix))  # a process that ends in the middle of it, with nothing to judge, crashes
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
@@ -344,6 +345,6 @@ def _shared_tokens(tokenizer: PreTrainedTokenizerFast, template: Template) -> tu
 
 @functools.partial(jax.jit, static_argnames="model")
 def read_prefix(model: LanguageModel, params, tokens: jax.Array) -> KVCache:
-    """The cache of one row, all of it real tokens."""
-    _, cache = model.apply({"params": params}, tokens, jnp.ones_like(tokens), keep_keys=True)
+    """The cache of one row, all of it real tokens, of whatever length."""
+    _, cache = model.apply({"params": params}, tokens, jnp.ones_like(tokens), keep_keys=True, odd=("length",))
     return cache.replace(mask=None)

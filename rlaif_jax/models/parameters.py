@@ -70,12 +70,12 @@ def parameters_hash(parameters) -> str:
     return digest.hexdigest()
 
 
-def abstract_parameters(model: nn.Module, placement: Placement):
+def abstract_parameters(model: nn.Module, placement: Placement, rules: Rules = RULES):
     """Shapes, dtypes and shardings of a model's parameters."""
     return jax.tree.map(
         lambda box, sharding: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=sharding),
         nn.unbox(_abstract_boxes(model)),
-        placement.parameters(model),
+        placement.parameters(model, rules),
     )
 
 
@@ -84,16 +84,16 @@ def decoding_model(model: LanguageModel) -> LanguageModel:
     return LanguageModel(dataclasses.replace(model.config, remat=False), scan_layers=False)
 
 
-def decoding_parameters(model: LanguageModel, parameters, placement: Placement):
-    """The parameters of a model as `decoding_model` takes them, under the sharding rules of decoding.
+def decoding_parameters(model: LanguageModel, parameters, placement: Placement, rules: Rules = DECODE_RULES):
+    """The parameters of a model as `decoding_model` takes them, under the sharding rules of decoding or others.
 
     They are in the dtype of the computation, so that a token reads no more bytes than it must.
     """
-    return _to_decoding(model, placement)(parameters)
+    return _to_decoding(model, placement, tuple(rules.items()))(parameters)
 
 
 @functools.lru_cache(maxsize=8)
-def _to_decoding(model: LanguageModel, placement: Placement):
+def _to_decoding(model: LanguageModel, placement: Placement, rules: tuple):
     def move(parameters):
         decoder = dict(parameters["decoder"])
         stacked = decoder.pop("layers")
@@ -102,4 +102,4 @@ def _to_decoding(model: LanguageModel, placement: Placement):
         matrices = lambda x: x.astype(model.config.dtype) if x.ndim > 1 else x  # noqa: E731
         return jax.tree.map(matrices, parameters | {"decoder": decoder})
 
-    return jax.jit(move, out_shardings=placement.parameters(decoding_model(model), DECODE_RULES))
+    return jax.jit(move, out_shardings=placement.parameters(decoding_model(model), dict(rules)))

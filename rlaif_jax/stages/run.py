@@ -29,7 +29,7 @@ from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
-from rlaif_jax.parallel.mesh import batch_ways, make_mesh
+from rlaif_jax.parallel.mesh import FORWARD_RULES, JUDGE_RULES, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 from rlaif_jax.training.checkpoints import check_whole, restore_params
 from rlaif_jax.training.reward_models import side_by_side
@@ -126,7 +126,7 @@ class Run:
         members: of models that were trained side by side, each leaf [members, ...]; 0 for one without that axis.
         iteration: of RL, after how many of its iterations, of those that it keeps; 0 for its end.
         """
-        abstract = abstract_parameters(model, self.placement)
+        abstract = abstract_parameters(model, self.placement, FORWARD_RULES)
         abstract = side_by_side(abstract, members) if members else abstract
         folder, last = self.folder(stage) / "checkpoints", getattr(self.config, stage).steps
         with self._remedy(stage, iteration):
@@ -175,7 +175,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     run = Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
     with blame("mesh.judge"):
         judge_mesh = run.judge_placement.mesh
-    check(config, batch_ways(mesh), batch_ways(judge_mesh))
+    check(config, mesh, judge_mesh)
     _check_gold(config, workdir)
     with blame("policy.weights"):
         policy = run.model_config()
@@ -205,7 +205,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
             run.placement.parameters(model)
     for name, model in judging.items():
         with blame(f"mesh.judge does not fit {name}"):
-            run.judge_placement.parameters(model)
+            run.judge_placement.parameters(model, JUDGE_RULES)
     return run
 
 

@@ -111,11 +111,21 @@ def test_constrain_without_a_mesh_is_the_identity():
     assert constrain(x, "batch", None) is x
 
 
-@pytest.mark.parametrize(("batch", "spec"), [(8, P(("fsdp",), None)), (1, P())])
-def test_constrain_splits_what_the_mesh_divides(mesh, batch, spec):
+@pytest.mark.parametrize(
+    ("shape", "odd", "spec"),
+    [((8, 6), (), P("fsdp", "sequence")), ((1, 1), (), P()), ((6, 8), ("batch",), P(None, "sequence"))],
+)
+def test_constrain_splits_what_the_mesh_divides(shape, odd, spec):
+    mesh = make_mesh(axes(fsdp=4, sequence=2))
     with jax.set_mesh(mesh):
-        x = jax.jit(lambda x: constrain(x * 2, "batch", None))(np.ones((batch, 2), np.float32))
+        x = jax.jit(lambda x: constrain(x * 2, "batch", "length", odd=odd))(np.ones(shape, np.float32))
     assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
+
+
+@pytest.mark.parametrize(("shape", "odd", "name"), [((6, 8), (), "batch"), ((6, 7), ("batch",), "length")])
+def test_an_activation_that_does_not_divide_is_an_error_unless_it_may_be_odd(shape, odd, name):
+    with jax.set_mesh(make_mesh(axes(fsdp=4, sequence=2))), pytest.raises(ValueError, match=f"'{name}' has size"):
+        constrain(np.ones(shape), "batch", "length", odd=odd)
 
 
 def test_a_batch_is_split_in_whole_rows(mesh):
