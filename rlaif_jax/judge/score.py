@@ -30,7 +30,13 @@ from rlaif_jax.judge.rationale import RationaleConfig, Reasoner, make_reasoner, 
 from rlaif_jax.judge.verdict import Verdict, exclusive, normalise, rating, verdict
 from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
-from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
+from rlaif_jax.models.parameters import (
+    Placement,
+    decoding_model,
+    decoding_parameters,
+    place_parameters,
+    to_device,
+)
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig
 from rlaif_jax.parallel.mesh import JUDGE_RULES
 from rlaif_jax.sampling.buckets import length_buckets
@@ -103,6 +109,14 @@ class Judge:
     def on_its_mesh(self):
         """The context of the judge's programs: its mesh is not that of the stage which asks it."""
         return jax.set_mesh(self.scorer.placement.mesh)
+
+    def moved(self, move: Callable[[dict], dict]) -> "Judge":
+        """The judge with its parameters where `move` puts them. It judges with copies on its devices."""
+        scorer, reasoner = dataclasses.replace(self.scorer, params=move(self.scorer.params)), self.reasoner
+        if reasoner:
+            sampler = dataclasses.replace(reasoner.sampler, parameters=scorer.params)
+            reasoner = dataclasses.replace(reasoner, sampler=sampler)
+        return dataclasses.replace(self, scorer=scorer, reasoner=reasoner)
 
     @property
     def samples(self) -> int:
@@ -226,6 +240,7 @@ def answer_pairs(
     judge: Judge, pairs: Sequence[Pair], plan: Plan, ids: Sequence[int], on_prompts: Callable[[float], object]
 ) -> Answers:
     """The log-probabilities of all choices to all questions; the arguments are those of `judge_pairs`."""
+    judge = judge.moved(to_device)
     rests = [suffix_tokens(judge, pair) for pair in pairs]
     lengths = np.array([[len(rest) for rest in prompts] for prompts in rests]).reshape(len(pairs), 2, -1).max(axis=2)
     lengths += len(judge.preamble)
@@ -302,7 +317,7 @@ def rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.n
     asked = sum(map(len, judge.choices))
     ratings = np.full(len(rests), np.nan)
     with judge.on_its_mesh():
-        answers = list(score_trees(judge.scorer, trees, _ladder(judge.config), asked))
+        answers = list(score_trees(judge.moved(to_device).scorer, trees, _ladder(judge.config), asked))
     for tree, logprobs in answers:
         scores = exclusive(sum_by_choice(logprobs, 1, judge.choices), judge.choices)[0]
         if not np.any(np.isnan(scores)) and np.isfinite(scores.max()):

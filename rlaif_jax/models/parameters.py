@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import DECODE_RULES, RULES, Rules, parameter_shardings
 
+_HOST = "pinned_host"
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -60,6 +62,29 @@ def place_parameters(model: nn.Module, parameters, placement: Placement):
 def move_parameters(model: nn.Module, parameters, placement: Placement):
     """Parameters of a model that lie on another mesh of the same devices, on this one."""
     return jax.device_put(parameters, placement.parameters(model))
+
+
+def to_host(tree):
+    """A tree of arrays in the memory of the hosts, each part where its device can get at it: between uses."""
+    return _in_memory(tree, _HOST)
+
+
+def to_device(tree):
+    """A tree of arrays in the memory of the devices: for a use. What is there already is not copied."""
+    return _in_memory(tree, "device")
+
+
+def _in_memory(tree, kind: str):
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))
+
+
+def check_host_memory() -> None:
+    """Raises ValueError where the devices can't get at memory of their host."""
+    device = jax.local_devices()[0]
+    if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise ValueError(
+            f"{device.platform} devices have no {_HOST} memory here for parameters to wait in: set it to ()"
+        )
 
 
 def parameters_hash(parameters) -> str:

@@ -27,7 +27,7 @@ from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import Placement, abstract_parameters
+from rlaif_jax.models.parameters import Placement, abstract_parameters, check_host_memory, to_host
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import FORWARD_RULES, JUDGE_RULES, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
@@ -62,6 +62,10 @@ class Run:
         """Where judges live: on the devices of this process alone, which labels rows of its own."""
         config = self.config.mesh.judge
         return Placement(make_mesh(config, jax.local_devices()), config.replicated)
+
+    def waiting(self, role: str, tree):
+        """The parameters of a role as they wait between uses, before each of which `to_device` is called."""
+        return to_host(tree) if role in self.config.mesh.offload else tree
 
     def record(self, stage: str) -> epath.Path:
         """The file that says under which config a stage was begun, and whether it is done."""
@@ -176,6 +180,9 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     with blame("mesh.judge"):
         judge_mesh = run.judge_placement.mesh
     check(config, mesh, judge_mesh)
+    if config.mesh.offload:
+        with blame("mesh.offload"):
+            check_host_memory()
     _check_gold(config, workdir)
     with blame("policy.weights"):
         policy = run.model_config()
