@@ -146,6 +146,8 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     reader = gguf.open_gguf(config.weights)
     shape = gguf.model_config(reader)
     weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
+    # Cast before they are placed: the devices of one process may have no room for matrices in float32.
+    weights = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)) if x.ndim > 1 else x, weights)
     params = place_parameters(LanguageModel(shape), weights, placement)
     name = config.weights + (" (shuffled)" if config.shuffle_weights else "")
     model = JudgeModel(name, gguf.weights_hash(config.weights), shape, params, tokenizers.from_gguf(reader))

@@ -26,8 +26,8 @@ from rlaif_jax.evaluation.names import stage_and_iteration
 from rlaif_jax.files import read_json, read_parquet
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
-from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, abstract_parameters, check_host_memory, to_host
+from rlaif_jax.models.shapes import model_config
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel.mesh import FORWARD_RULES, JUDGE_RULES, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
@@ -96,7 +96,7 @@ class Run:
         policy = self.config.policy
         if not policy.weights:
             return policy.model
-        shape = gguf.model_config(gguf.open_gguf(policy.weights))
+        shape = model_config(policy.weights)
         return dataclasses.replace(
             shape, remat=policy.model.remat, dtype=policy.model.dtype, attention=policy.model.attention
         )
@@ -193,7 +193,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         judges["rl.gold.judge"] = ("rl.gold.judge_weights", config.rl.gold.judge_weights, config.judge.max_length)
     for name, (field, weights, max_length) in judges.items():
         with blame(field):
-            shape = policy if weights == POLICY else gguf.model_config(gguf.open_gguf(weights))
+            shape = policy if weights == POLICY else model_config(weights)
         if shape.max_position_embeddings < max_length:
             longest = "judge" if name == "rl.gold.judge" else name
             own = weights == POLICY and not config.policy.weights
@@ -206,7 +206,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         judging[name] = LanguageModel(shape)
     if "critique" in config.stages and config.critique.weights:
         with blame("critique.weights"):
-            models["reviser"] = LanguageModel(gguf.model_config(gguf.open_gguf(config.critique.weights)))
+            models["reviser"] = LanguageModel(model_config(config.critique.weights))
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)

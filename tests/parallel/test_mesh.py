@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rlaif_jax.parallel.mesh import MeshConfig, constrain, make_mesh, parameter_shardings, partition_spec, shard_batch
-from tests.helpers import axes, eight_device_mesh
+from tests.helpers import Chip, axes, eight_device_mesh
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +76,8 @@ def test_slices_are_consecutive_devices_along_data(slices, data, fsdp):
     assert np.array_equal(each, np.repeat(np.arange(slices), 8 // slices).reshape(slices, -1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A device of a slice."""
-
-    id: int
-    slice_index: int
-    platform: str = "cpu"
-    device_kind: str = "none"
-
-
 def test_devices_that_name_their_slice_are_grouped_by_it():
-    chips = [Chip(i, i % 2) for i in range(8)]
-    mesh = make_mesh(mesh_config(slices=2, data=4, fsdp=2), chips)
+    mesh = make_mesh(mesh_config(slices=2, data=4, fsdp=2), [Chip(i, i % 2) for i in range(8)])
     assert [chip.slice_index for chip in mesh.devices.flat] == [0] * 4 + [1] * 4
 
 
