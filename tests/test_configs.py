@@ -1,12 +1,18 @@
+import jax
 import pytest
 
-from configs import constitutional, hh_harmless, hh_helpful, quickstart, scitldr, smollm2, tasks, tldr
+from configs import constitutional, hh_harmless, hh_helpful, presets, quickstart, scitldr, smollm2, tasks, tldr
 from rlaif_jax.config import flatten, override, parse
 from rlaif_jax.config_checks import check, check_decoder
 from rlaif_jax.data.prepare import load
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.main import main
+from rlaif_jax.models.parameters import Placement, abstract_parameters
+from rlaif_jax.models.shapes import model_config
+from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel.mesh import JUDGE_RULES, make_mesh
+from tests.helpers import Chip, one_device, one_device_mesh
 
 TASKS = {"tldr": tldr, "hh_helpful": hh_helpful, "hh_harmless": hh_harmless, "scitldr": scitldr}
 CONFIGS = [(module, f"{arm}{scale}") for module in (quickstart, smollm2) for arm in quickstart.ARMS for scale in (
@@ -29,7 +35,7 @@ CONFIGS += [
 @pytest.mark.parametrize(("module", "arm"), CONFIGS, ids=lambda x: getattr(x, "__name__", x))
 def test_every_arm_of_every_config_is_valid(module, arm):
     config = parse(module.get_config(arm).to_dict())
-    check(config, 1, 1)
+    check(config, one_device_mesh(), one_device_mesh())
     check_decoder(config.policy.model, 0)
     assert all(load_template(judge.prompt).choices for judge in config.judges.values())
 
@@ -70,9 +76,57 @@ def test_nothing_rates_under_a_principle():
         quickstart.get_config("panel,constitutional")
 
 
+@pytest.mark.parametrize(
+    ("module", "size", "machine"), [(tldr, *name) for name in presets.PRESETS] + [(smollm2, "8b", "v5e")]
+)
+def test_a_preset_fits_its_machine(module, size, machine):
+    devices, local = {"1b": 64, "8b": 256, "70b": 512}[size], 8 if machine == "gpu" else 4
+    slices = 2 if machine == "v5e" else 1
+    config = parse(module.get_config(f"{size},{machine}").to_dict())
+    config = override(config, {"mesh.slices": slices, "mesh.data": slices})
+    placement = Placement(make_mesh(config.mesh, [Chip(i, i * slices // devices) for i in range(devices)]))
+    judges = Placement(make_mesh(config.mesh.judge, [Chip(i) for i in range(local)]))
+    check(config, placement.mesh, judges.mesh)
+    policy, judge = (LanguageModel(model_config(weights)) for weights in (config.policy.weights, config.judge.weights))
+    placement.parameters(policy)
+    judges.parameters(judge, JUDGE_RULES)
+
+
+def test_slices_are_set_in_one_place():
+    config = tldr.get_config("8b,v5e")
+    config.mesh.slices = 2
+    assert parse(config.to_dict()).mesh.data == 2
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"), [("8b", "go together"), ("v5p", "go together"), ("70b,v5e", "no room .* v5e: .* gpu, v5p")]
+)
+def test_half_a_preset_is_an_error(arm, words):
+    with pytest.raises(ValueError, match=words):
+        tldr.get_config(arm)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("llama-3.2-1b", 1236), ("llama-3.1-8b", 8030), ("llama-3.1-70b", 70554)]
+)
+def test_a_shape_has_as_many_parameters_as_published(name, millions):
+    model = LanguageModel(model_config(f"shape:{name}"))
+    shapes = jax.tree.leaves(abstract_parameters(model, one_device()))
+    assert round(sum(x.size for x in shapes) / 1e6) == millions
+
+
+def test_a_shape_without_weights_can_not_be_run(tmp_path, capfd):
+    flags = ["--config=configs/tldr.py:1b,v5p", f"--workdir={tmp_path}"]
+    assert main(["main", *flags]) == 2
+    line = "config.policy.weights: shape:llama-3.2-1b has no weights, and only python -m rlaif_jax.plan takes a shape"
+    assert line in capfd.readouterr().err
+    assert main(["main", *flags, "--config.policy.weights=shape:llama-9"]) == 2
+    assert "unknown shape 'llama-9'; the shapes are llama-3.2-1b" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["drlaif,grpo", "dpo,dpo", "best_of_n,ensemble", "dpo,rounds,panel,smoke"])
 def test_words_that_go_together_are_not(words):
-    check(parse(quickstart.get_config(words).to_dict()), 1, 1)
+    check(parse(quickstart.get_config(words).to_dict()), one_device_mesh(), one_device_mesh())
 
 
 @pytest.mark.parametrize(("scale", "kept"), [("", ("rl@8", "rl@16")), (",smoke", ("rl@2",))])

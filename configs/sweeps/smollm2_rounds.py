@@ -19,7 +19,7 @@ def get_config(arm: str = "dpo,rounds") -> config_dict.ConfigDict:
     """The sweep, on an arm of the config."""
     sweep = config_dict.ConfigDict()
     sweep.base = smollm2.get_config(arm)
-    sweep.base.policy.model.update(dtype="float32", remat=False)  # what a CPU is quickest with
+    sweep.base.policy.model.update(dtype="float32", remat="products")  # what a CPU is quickest with
     sweep.base.policy.update(max_prompt_length=56, max_response_length=32)
     sweep.base.judge.dtype = "float32"
     sweep.base.data.embedded.update(evaluation_combinations=48, evaluation_unseen_templates=16)

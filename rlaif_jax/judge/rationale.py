@@ -135,6 +135,7 @@ def _conclude(model: LanguageModel, parameters, slots: Slots, *, prefixes, tree,
         segment_ids,
         row_positions,
         ends=row_ends,
+        odd=("length",),
         prefixes=(*prefixes, slots.prompts, replies.cache),
     )
     return answer_logprobs(hidden, unembedding(parameters), every(1 + asked_after), every(asked))

@@ -30,9 +30,16 @@ from rlaif_jax.judge.rationale import RationaleConfig, Reasoner, make_reasoner, 
 from rlaif_jax.judge.verdict import Verdict, exclusive, normalise, rating, verdict
 from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
-from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
+from rlaif_jax.models.parameters import (
+    Placement,
+    decoding_model,
+    decoding_parameters,
+    place_parameters,
+    to_device,
+)
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig
 from rlaif_jax.parallel import processes
+from rlaif_jax.parallel.mesh import JUDGE_RULES
 from rlaif_jax.sampling.buckets import length_buckets
 from rlaif_jax.sampling.trees import Scorer, grow, score_trees, sum_by_choice
 
@@ -104,6 +111,14 @@ class Judge:
         """The context of the judge's programs: its mesh is not that of the stage which asks it."""
         return jax.set_mesh(self.scorer.placement.mesh)
 
+    def moved(self, move: Callable[[dict], dict]) -> "Judge":
+        """The judge with its parameters where `move` puts them. It judges with copies on its devices."""
+        scorer, reasoner = dataclasses.replace(self.scorer, params=move(self.scorer.params)), self.reasoner
+        if reasoner:
+            sampler = dataclasses.replace(reasoner.sampler, parameters=scorer.params)
+            reasoner = dataclasses.replace(reasoner, sampler=sampler)
+        return dataclasses.replace(self, scorer=scorer, reasoner=reasoner)
+
     @property
     def samples(self) -> int:
         """Rationales a prompt."""
@@ -132,6 +147,8 @@ def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     reader = gguf.open_gguf(config.weights)
     shape = gguf.model_config(reader)
     weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
+    # Cast before they are placed: the devices of one process may have no room for matrices in float32.
+    weights = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)) if x.ndim > 1 else x, weights)
     params = place_parameters(LanguageModel(shape), weights, placement)
     name = config.weights + (" (shuffled)" if config.shuffle_weights else "")
     model = JudgeModel(name, gguf.weights_hash(config.weights), shape, params, tokenizers.from_gguf(reader))
@@ -154,7 +171,7 @@ def make_judge(config: JudgeConfig, judge_model: JudgeModel, seed: int, placemen
     # Layers of their own are 1.2 times as fast as stacked ones, of which each call cuts copies (measured on a CPU).
     model = decoding_model(stacked)
     with jax.set_mesh(placement.mesh):
-        params = decoding_parameters(stacked, judge_model.params, placement)
+        params = decoding_parameters(stacked, judge_model.params, placement, JUDGE_RULES)
         prefix = read_prefix(model, params, np.array([preamble], np.int32)) if preamble else None
     jax.block_until_ready((params, prefix))  # a process that ends in the middle of it, with nothing to judge, crashes
     scorer = Scorer(model, params, placement, prefix, config.batch_tokens)
@@ -226,6 +243,7 @@ def answer_pairs(
     judge: Judge, pairs: Sequence[Pair], plan: Plan, ids: Sequence[int], on_prompts: Callable[[float], object]
 ) -> Answers:
     """The log-probabilities of all choices to all questions; the arguments are those of `judge_pairs`."""
+    judge = judge.moved(to_device)
     rests = [suffix_tokens(judge, pair) for pair in pairs]
     lengths = np.array([[len(rest) for rest in prompts] for prompts in rests]).reshape(len(pairs), 2, -1).max(axis=2)
     lengths += len(judge.preamble)
@@ -307,7 +325,7 @@ def _rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.
     asked = sum(map(len, judge.choices))
     ratings = np.full(len(rests), np.nan)
     with judge.on_its_mesh():
-        answers = list(score_trees(judge.scorer, trees, _ladder(judge.config), asked))
+        answers = list(score_trees(judge.moved(to_device).scorer, trees, _ladder(judge.config), asked))
     for tree, logprobs in answers:
         scores = exclusive(sum_by_choice(logprobs, 1, judge.choices), judge.choices)[0]
         if not np.any(np.isnan(scores)) and np.isfinite(scores.max()):
@@ -350,6 +368,6 @@ def _shared_tokens(tokenizer: PreTrainedTokenizerFast, template: Template) -> tu
 
 @functools.partial(jax.jit, static_argnames="model")
 def read_prefix(model: LanguageModel, params, tokens: jax.Array) -> KVCache:
-    """The cache of one row, all of it real tokens."""
-    _, cache = model.apply({"params": params}, tokens, jnp.ones_like(tokens), keep_keys=True)
+    """The cache of one row, all of it real tokens, of whatever length."""
+    _, cache = model.apply({"params": params}, tokens, jnp.ones_like(tokens), keep_keys=True, odd=("length",))
     return cache.replace(mask=None)

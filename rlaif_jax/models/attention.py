@@ -1,15 +1,18 @@
 """Attention of queries over one or more blocks of keys: plain XLA, cuDNN on GPUs, splash attention on TPUs."""
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rlaif_jax.parallel.mesh import RULES, partition_spec, platform
+from rlaif_jax.parallel.mesh import RULES, constrain, partition_spec, platform, splits_length
 
 MASKED = -1e30  # finite, so that a query with nothing to attend to gives no NaN
 IMPLEMENTATIONS = ("auto", "plain", "cudnn", "splash")
+_CHECKED = ("heads", "kv_heads")  # stay whole only where a config lists them, for the weights' placement has seen to it
 OUTPUT_NAME = "attention_output"  # of what the backward pass may keep, see jax.ad_checkpoint.checkpoint_name
 _PARTS, _SHORTEST_IN_PARTS = 4, 128  # measured on a CPU at lengths of 64 to 1,024
 _SPLASH_SIZES = (512, 256, 128)  # tiles; the kernel takes lengths that one of them divides
@@ -27,17 +30,23 @@ class Block(NamedTuple):
     causal: bool = False  # the mask lets no query see a later slot, of as many slots as queries
 
 
-def attend(query: jax.Array, blocks: list[Block], implementation: str) -> jax.Array:
+def attend(query: jax.Array, blocks: list[Block], implementation: str, odd: tuple[str, ...] = ()) -> jax.Array:
     """Grouped-query attention, softmax in float32 over the keys of all blocks together.
 
-    query: [batch, length, heads, head_dim]. Returns the same shape.
+    Where the mesh splits the length, queries stay split and every device gets the keys and values of all of it.
+
+    query: [batch, length, heads, head_dim]. odd: as of `constrain`. Returns the same shape.
     """
     batch, length, heads, head_dim = query.shape
     chosen = choose_implementation(implementation, query, blocks)
     if chosen == "splash":
-        return _splash(query, blocks[0])
-    attend_block = _cudnn if chosen == "cudnn" else _plain_in_parts
-    parts = [attend_block(query.reshape(len(block.key), -1, heads, head_dim), block) for block in blocks]
+        return _splash(query, blocks[0], odd)
+    if _is_split(query):
+        query = constrain(query, "batch", "length", "heads", None, odd=(*odd, *_CHECKED))
+        parts = [_plain_by_row(query, _whole(block, odd)) for block in blocks]
+    else:
+        attend_block = _cudnn if chosen == "cudnn" else _plain_in_parts
+        parts = [attend_block(query.reshape(len(block.key), -1, heads, head_dim), block) for block in blocks]
     if len(parts) == 1:
         return parts[0][0].reshape(query.shape)
     outputs = [output.reshape(query.shape) for output, _ in parts]
@@ -48,17 +57,42 @@ def attend(query: jax.Array, blocks: list[Block], implementation: str) -> jax.Ar
 
 
 def choose_implementation(implementation: str, query: jax.Array, blocks: list[Block]) -> str:
-    """The path that "auto" takes, by platform and by what its kernels can do; any other name stands.
+    """The path that "auto" takes, by platform and by what its kernels can do; any other name stands where it can.
 
-    Decoding one token is bound by reading the keys, which the plain path does as well as any.
+    Decoding one token is bound by reading the keys, which the plain path does as well as any. cuDNN's kernel can't be
+    split along the length.
     """
+    if implementation == "cudnn" and _is_split(query):
+        return "plain"
     if implementation != "auto":
         return "plain" if implementation == "splash" and not _splash_fits(query, blocks) else implementation
     here, head_dim = platform(), query.shape[-1]
     half = query.dtype in (jnp.bfloat16, jnp.float16) and all(block.key_scale is None for block in blocks)
     if here == "gpu" and query.shape[1] > 1 and half and head_dim % 8 == 0 and head_dim <= 128:
-        return "cudnn"
+        return "plain" if _is_split(query) else "cudnn"
     return "splash" if here == "tpu" and _splash_fits(query, blocks) else "plain"
+
+
+def _is_split(query: jax.Array) -> bool:
+    return query.shape[1] > 1 and splits_length()
+
+
+def _whole(block: Block, odd: tuple[str, ...]) -> Block:
+    """A block with keys and values that are whole along their length on every device."""
+    pin = functools.partial(constrain, odd=(*odd, *_CHECKED))
+
+    def whole(x):
+        if block.causal:  # just computed: each device makes its part of them, and they are gathered, not what made them
+            x = pin(x, "batch", "length", "kv_heads", None)
+        return pin(x, "batch", None, "kv_heads", None)
+
+    return block._replace(key=whole(block.key), value=whole(block.value))
+
+
+def _plain_by_row(query: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
+    """As `_plain`, of [batch, length, heads, head_dim]: both are split, so they are not made one dimension."""
+    rows = query.reshape(len(block.key), -1, *query.shape[1:])
+    return jax.vmap(_plain, (1, None), 1)(rows, block)
 
 
 def _plain_in_parts(query: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
@@ -115,37 +149,46 @@ def _splash_fits(query: jax.Array, blocks: list[Block]) -> bool:
     return len(blocks) == 1 and blocks[0].segment_ids is not None and query.shape[1] > 1
 
 
-def _splash(query: jax.Array, block: Block) -> jax.Array:
-    """Splash attention on each device's own rows and heads; interpreted where there is no TPU."""
-    length = query.shape[1]
-    padding = -length % _SPLASH_SIZES[-1]
+def _splash(query: jax.Array, block: Block, odd: tuple[str, ...]) -> jax.Array:
+    """Splash attention on each device's own rows, heads and queries; interpreted where there is no TPU."""
+    length, mesh = query.shape[1], jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in RULES["length"])
+    padding = -length % (shards * _SPLASH_SIZES[-1])
     query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, block.key, block.value))
     segment_ids = jnp.pad(block.segment_ids, ((0, 0), (0, padding)))
-    kernel, mesh = _splash_rows, jax.sharding.get_abstract_mesh()
+    kernel, run = _splash_kernel(*query.shape[1:3], shards), _splash_rows
     if not mesh.empty:  # Mosaic kernels can't be partitioned automatically
-        spec = partition_spec(("batch", None, "kv_heads", None), key.shape, mesh, replicated=tuple(RULES))
-        specs = (spec, spec, spec, PartitionSpec(spec[0], None))
-        kernel = jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)
-    return kernel(query, key, value, segment_ids)[:, :length]
+        axes = ("batch", "length", "kv_heads", None)
+        batch, queries, heads, _ = partition_spec(axes, key.shape, mesh, (*odd, *_CHECKED))
+        of_query, of_key = PartitionSpec(batch, queries, heads, None), PartitionSpec(batch, None, heads, None)
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries)))
+        segments = PartitionSpec(batch, queries), PartitionSpec(batch, None)
+        specs = (of_kernel, of_query, of_key, of_key, *segments)
+        run = jax.shard_map(run, in_specs=specs, out_specs=of_query, check_vma=False)
+    return run(kernel, query, key, value, segment_ids, segment_ids)[:, :length]
 
 
-def _splash_rows(query, key, value, segment_ids):
+def _splash_kernel(length: int, heads: int, shards: int):
+    """The kernel for causal attention of so many queries, which come in this many shards."""
     # Slow to import, and needed for this kernel alone.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    length, heads, head_dim = query.shape[1:]
-    size = next(size for size in _SPLASH_SIZES if length % size == 0)
-    kernel = splash_attention_kernel.make_splash_mha(
+    size = next(size for size in _SPLASH_SIZES if length // shards % size == 0)
+    return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(*[size] * 8),
-        head_shards=1,
-        q_seq_shards=1,
+        head_shards=1,  # all heads have one mask
+        q_seq_shards=shards,
         residual_checkpoint_name=OUTPUT_NAME,
         interpret=platform() != "tpu",
     )
 
-    def row(query, key, value, segment_ids):
-        segments = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
-        return kernel(*(jnp.moveaxis(x, 1, 0) for x in (query, key, value)), segment_ids=segments)
 
-    return jnp.moveaxis(jax.vmap(row)(query * head_dim**-0.5, key, value, segment_ids), 1, 2)
+def _splash_rows(kernel, query, key, value, query_segments, key_segments):
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    def row(query, key, value, *segments):
+        return kernel(*(jnp.moveaxis(x, 1, 0) for x in (query, key, value)), segment_ids=SegmentIds(*segments))
+
+    scaled = query * query.shape[-1] ** -0.5
+    return jnp.moveaxis(jax.vmap(row)(scaled, key, value, query_segments, key_segments), 1, 2)

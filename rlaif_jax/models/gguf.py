@@ -30,11 +30,16 @@ _LAYER_NAMES = {
 _KNOWN_TENSOR = re.compile(rf"(token_embd|output_norm|output|blk\.\d+\.({'|'.join(_LAYER_NAMES.values())}))\.weight")
 
 
+SHAPE = "shape:"  # begins what names a shape without weights, see models/shapes.py
+
+
 def resolve(path: str) -> epath.Path:
     """The file that `path` names; `package:NAME` is the one GGUF file inside an installed Python package.
 
     Raises UserError where there is none.
     """
+    if path.startswith(SHAPE):
+        raise UserError(f"{path} has no weights, and only python -m rlaif_jax.plan takes a shape: name a GGUF file")
     if path.startswith("package:"):
         package = path.removeprefix("package:")
         try:

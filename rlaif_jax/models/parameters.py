@@ -13,6 +13,8 @@ from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import DECODE_RULES, RULES, Rules, parameter_shardings
 
+_HOST = "pinned_host"
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -33,7 +35,8 @@ class Placement:
 
 def _abstract_boxes(model: nn.Module):
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"]
+    # The key is made inside: a mesh of devices that nobody has can't run anything.
+    return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)["params"]
 
 
 def init_parameters(model: nn.Module, key: jax.Array, placement: Placement):
@@ -66,6 +69,29 @@ def move_parameters(model: nn.Module, parameters, placement: Placement):
     return jax.tree.map(lambda x, to: jax.device_put(processes.to_host(x), to), parameters, placement.parameters(model))
 
 
+def to_host(tree):
+    """A tree of arrays in the memory of the hosts, each part where its device can get at it: between uses."""
+    return _in_memory(tree, _HOST)
+
+
+def to_device(tree):
+    """A tree of arrays in the memory of the devices: for a use. What is there already is not copied."""
+    return _in_memory(tree, "device")
+
+
+def _in_memory(tree, kind: str):
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))
+
+
+def check_host_memory() -> None:
+    """Raises ValueError where the devices can't get at memory of their host."""
+    device = jax.local_devices()[0]
+    if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise ValueError(
+            f"{device.platform} devices have no {_HOST} memory here for parameters to wait in: set it to ()"
+        )
+
+
 def parameters_hash(parameters) -> str:
     """xxh3 of names and bytes of a tree of arrays: the same for the same values, wherever they lie."""
     digest = xxhash.xxh3_64()
@@ -75,39 +101,39 @@ def parameters_hash(parameters) -> str:
     return digest.hexdigest()
 
 
-def abstract_parameters(model: nn.Module, placement: Placement):
+def abstract_parameters(model: nn.Module, placement: Placement, rules: Rules = RULES):
     """Shapes, dtypes and shardings of a model's parameters."""
     return jax.tree.map(
         lambda box, sharding: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=sharding),
         nn.unbox(_abstract_boxes(model)),
-        placement.parameters(model),
+        placement.parameters(model, rules),
     )
 
 
 def decoding_model(model: LanguageModel) -> LanguageModel:
     """The same decoder with a layer of its own for each set of weights: none is cut out of a stack at each token."""
-    return LanguageModel(dataclasses.replace(model.config, remat=False), scan_layers=False)
+    return LanguageModel(dataclasses.replace(model.config, remat="products"), scan_layers=False)
 
 
-def decoding_parameters(model: LanguageModel, parameters, placement: Placement):
-    """The parameters of a model as `decoding_model` takes them, under the sharding rules of decoding.
+def decoding_parameters(model: LanguageModel, parameters, placement: Placement, rules: Rules = DECODE_RULES):
+    """The parameters of a model as `decoding_model` takes them, under the sharding rules of decoding or others.
 
     They are in the dtype of the computation, so that a token reads no more bytes than it must.
     """
-    return to_decoding(model, placement)(parameters)
+    return to_decoding(model, placement, tuple(rules.items()))(parameters)
 
 
-def abstract_decoding_parameters(model: LanguageModel, placement: Placement):
+def abstract_decoding_parameters(model: LanguageModel, placement: Placement, rules: Rules = DECODE_RULES):
     """Shapes, dtypes and shardings of what `decoding_parameters` gives."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(to_decoding(model, placement), abstract_parameters(model, placement)),
-        placement.parameters(decoding_model(model), DECODE_RULES),
+        jax.eval_shape(to_decoding(model, placement, tuple(rules.items())), abstract_parameters(model, placement)),
+        placement.parameters(decoding_model(model), rules),
     )
 
 
 @functools.lru_cache(maxsize=8)
-def to_decoding(model: LanguageModel, placement: Placement):
+def to_decoding(model: LanguageModel, placement: Placement, rules: tuple = tuple(DECODE_RULES.items())):
     """The program of `decoding_parameters`."""
 
     def move(parameters):
@@ -118,4 +144,4 @@ def to_decoding(model: LanguageModel, placement: Placement):
         matrices = lambda x: x.astype(model.config.dtype) if x.ndim > 1 else x  # noqa: E731
         return jax.tree.map(matrices, parameters | {"decoder": decoder})
 
-    return jax.jit(move, out_shardings=placement.parameters(decoding_model(model), DECODE_RULES))
+    return jax.jit(move, out_shardings=placement.parameters(decoding_model(model), dict(rules)))

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from rlaif_jax.models.attention import OUTPUT_NAME, attend
 from rlaif_jax.models.attention import Block as Keys
 from rlaif_jax.models.cache import KVCache, LayerCache, append
-from rlaif_jax.parallel.mesh import constrain
+from rlaif_jax.parallel.mesh import constrain, splits_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModelConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_word_embeddings: bool
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = "products"  # a name in REMAT: what is kept for the backward pass, and what computed again
     attention: str = "auto"  # a name in attention.IMPLEMENTATIONS
     dtype: str = "float32"  # of the computation; parameters, softmax and norms stay float32
 
@@ -65,8 +65,11 @@ def project(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
     """Contracts the last `contracted` dimensions of x with the first ones of weight, in the dtype of x.
 
     [batch, length, *in] x [*in, *out] -> [batch, length, *out], as one product of two matrices: XLA's CPU backend
-    takes twice as long for the gradient of the same contraction with separate batch and length dimensions.
+    takes twice as long for the gradient of the same contraction with separate batch and length dimensions. Where both
+    are split, one dimension of them could not be.
     """
+    if splits_length():
+        return jnp.tensordot(x, weight.astype(x.dtype), contracted)
     inputs, outputs = weight.shape[:contracted], weight.shape[contracted:]
     matrix = weight.astype(x.dtype).reshape(math.prod(inputs), math.prod(outputs))
     return (x.reshape(-1, math.prod(inputs)) @ matrix).reshape(*x.shape[:-contracted], *outputs)
@@ -100,6 +103,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     keep_keys: bool
+    odd: tuple[str, ...]
 
     @nn.compact
     def __call__(self, x, prefixes: tuple[LayerCache, ...], cache: LayerCache | None, context: Context):
@@ -128,25 +132,45 @@ class Layer(nn.Module):
         blocks = [Keys(own.key, own.value, context.mask, *scales, context.segment_ids, causal=cache is None)]
         for prefix, mask in zip(prefixes, context.prefix_masks, strict=True):
             blocks.append(Keys(prefix.key, prefix.value, mask, prefix.key_scale, prefix.value_scale))
-        attended = checkpoint_name(attend(query, blocks, c.attention), OUTPUT_NAME)
+        attended = checkpoint_name(attend(query, blocks, c.attention, self.odd), OUTPUT_NAME)
         x = x + project(attended, w_output, contracted=2)
 
         h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         x = x + project(jax.nn.silu(project(h, w_gate)) * project(h, w_up), w_down)
-        return constrain(x, "batch", None, None), own if self.keep_keys else None
+        return constrain(x, "batch", "length", None, odd=self.odd), own if self.keep_keys else None
+
+
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENDED = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
+_HOST = ("device", "pinned_host")
+_DOTS_TO_HOST = jax.checkpoint_policies.offload_dot_with_no_batch_dims(*_HOST)
+_ATTENDED_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[OUTPUT_NAME], offload_src=_HOST[0], offload_dst=_HOST[1]
+)
+
+
+def _keep_attention(primitive, *operands, **parameters) -> bool:
+    fused = primitive.name.startswith("dot_product_attention_fwd")
+    return fused or _ATTENDED(primitive, *operands, **parameters)
 
 
 def _keep_products(primitive, *operands, **parameters) -> bool:
-    """What is kept for the backward pass: products with weights and attention's outputs. The rest is cheap to compute
-    again; on a CPU, writing it out took longer than that, and half of a step's memory."""
-    fused_attention = primitive.name.startswith("dot_product_attention_fwd")
-    return fused_attention or _PRODUCTS(primitive, *operands, **parameters)
+    return _keep_attention(primitive, *operands, **parameters) or _DOTS(primitive, *operands, **parameters)
 
 
-_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),
-)
+def _offload_products(primitive, *operands, **parameters):
+    policy = _ATTENDED_TO_HOST if primitive.name == "name" else _DOTS_TO_HOST
+    return policy(primitive, *operands, **parameters)
+
+
+# What a layer keeps for the backward pass, by name; all else is computed again. On a CPU, writing out more than the
+# products took longer than computing it again, and half of a step's memory.
+REMAT = {
+    "products": _keep_products,  # products with weights, and attention's outputs
+    "attention": _keep_attention,  # attention's outputs alone
+    "full": None,  # nothing but the layer's input
+    "offload": _offload_products,  # as products, but in host memory
+}
 
 
 class Decoder(nn.Module):
@@ -165,6 +189,7 @@ class Decoder(nn.Module):
       cache: where given, length is 1, `scan_layers` is False, and the tokens go to slot `cache.length` modulo the
         cache's slots; they see the others that `cache.mask` allows.
       keep_keys: whether to return a cache where none was given.
+      odd: of "batch" and "length", what may stay whole where the mesh does not divide it, which is an error else.
 
     With scan_layers one layer is compiled for stacked weights; without, each layer has weights of its own, so that
     none are cut out of a stack at each decoded token.
@@ -186,15 +211,15 @@ class Decoder(nn.Module):
         prefixes: tuple[KVCache, ...] = (),
         cache: KVCache | None = None,
         keep_keys: bool = False,
+        odd: tuple[str, ...] = (),
     ):
         """See the class."""
         c = self.config
         context = _context(segment_ids, positions, ends, prefixes, cache)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
         embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
-        x = constrain(embedding.astype(c.dtype)[tokens], "batch", None, None)
-        policy = None if c.remat else _keep_products
-        layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=policy)
+        x = constrain(embedding.astype(c.dtype)[tokens], "batch", "length", None, odd=odd)
+        layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[c.remat])
         prefixed = tuple(prefix.layers for prefix in prefixes)
         if self.scan_layers:
             scanned = nn.scan(
@@ -204,13 +229,13 @@ class Decoder(nn.Module):
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=c.num_hidden_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, keep_keys, name="layers")
+            )(c, keep_keys, odd, name="layers")
             x, layers = scanned(x, prefixed, None, context)
         else:
             layers = []
             for i in range(c.num_hidden_layers):
                 cached = None if cache is None else cache.layers[i]
-                x, own = layer(c, keep_keys or cache is not None, name=f"layer_{i}")(
+                x, own = layer(c, keep_keys or cache is not None, odd, name=f"layer_{i}")(
                     x, tuple(stack[i] for stack in prefixed), cached, context
                 )
                 layers.append(own)
@@ -250,14 +275,14 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens, segment_ids, positions=None, ends=None, prefixes=(), cache=None, keep_keys: bool = False
+        self, tokens, segment_ids, positions=None, ends=None, prefixes=(), cache=None, keep_keys: bool = False, odd=()
     ):
         """As `Decoder`."""
         if not self.config.tie_word_embeddings:
             shape = (self.config.hidden_size, self.config.vocab_size)
             _weight(self, "lm_head", shape, ("embed", "vocab"), self.config.hidden_size)
         decoder = Decoder(self.config, self.scan_layers, name="decoder")
-        return decoder(tokens, segment_ids, positions, ends, prefixes, cache, keep_keys)
+        return decoder(tokens, segment_ids, positions, ends, prefixes, cache, keep_keys, odd)
 
 
 class ScalarModel(nn.Module):

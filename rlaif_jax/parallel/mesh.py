@@ -16,12 +16,13 @@ from rlaif_jax.parallel import processes
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 OFFLOADED = ("reference", "reward_model", "judge")  # the roles whose parameters may wait in host memory
 
-# What each logical axis of a weight or an activation is split over. Weights are split over `fsdp`
-# along the model width and over `tensor` along heads, MLP width and vocabulary; activations are
-# split over `data` and `fsdp` along the batch.
+# What each logical axis of a weight or an activation is split over, by what the model does. Training: weights, and so
+# gradients and moments, are split over `fsdp` along the model width and over `tensor` along heads, MLP width and
+# vocabulary; activations over `data` and `fsdp` along the batch, and over `sequence` along the length.
 Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
+    "length": ("sequence",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -31,8 +32,12 @@ RULES: Rules = {
     "layers": (),
     "scalar": (),
 }
+# A model that is only read, a whole pass at a time (reference, reward model), is read with the policy and split alike.
+FORWARD_RULES: Rules = RULES
 # While decoding, every token reads all weights, so they are not split over `fsdp`, from where each would come anew.
 DECODE_RULES: Rules = {**RULES, "embed": ()}
+# A judge reads long prompts and few tokens after them, on a mesh of its own: what `fsdp` is there is up to its config.
+JUDGE_RULES: Rules = RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,7 @@ def partition_spec(
     replicated: tuple[str, ...] = (),
     rules: Rules = RULES,
 ) -> PartitionSpec:
-    """The mesh axes of one array from its logical axes.
+    """The mesh axes of one array from its logical axes; those of one device split nothing and are left out.
 
     Raises ValueError for an unknown logical axis, for two dimensions that claim one mesh axis, and for a
     dimension that its mesh axes do not divide, unless that logical axis is listed in `replicated`.
@@ -159,16 +164,22 @@ def parameter_shardings(abstract_parameters, mesh: Mesh, replicated: tuple[str, 
     return jax.tree.map(sharding, abstract_parameters, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, *logical_axes: str | None, odd: tuple[str, ...] = ()) -> jax.Array:
     """Pins the sharding of an activation under the ambient mesh (`jax.set_mesh`); without one, `x` itself.
 
-    An axis that the mesh does not divide stays whole: a judge's shared preamble is a batch of one.
+    Raises ValueError as `partition_spec` does. A dimension of size 1 stays whole, for there is nothing to split: the
+    token of a decoding step, the one row of a judge's preamble. odd: other axes that may stay whole here.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = partition_spec(logical_axes, x.shape, mesh, replicated=tuple(RULES))
-    return jax.lax.with_sharding_constraint(x, spec)
+    names = (None if size == 1 else name for name, size in zip(logical_axes, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, partition_spec(tuple(names), x.shape, mesh, odd))
+
+
+def splits_length() -> bool:
+    """Whether the ambient mesh splits activations along their length."""
+    return any(jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1 for axis in RULES["length"])
 
 
 def shard_batch(batch, mesh: Mesh):

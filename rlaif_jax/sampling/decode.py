@@ -60,7 +60,7 @@ def row_keys(key: jax.Array, row_ids: jax.Array) -> jax.Array:
 def prefill(
     model: LanguageModel, parameters, tokens, mask, prefixes: tuple[KVCache, ...], cache_dtype: str
 ) -> tuple[jax.Array, KVCache]:
-    """Reads prompts: ([rows, vocab] float32 logits of the token after each, their cache).
+    """Reads prompts, however few: ([rows, vocab] float32 logits of the token after each, their cache).
 
     tokens, mask: [rows, length], padded on the left. prefixes: as `Decoder`, without padding.
     """
@@ -68,7 +68,13 @@ def prefill(
     before = sum(prefix.slots for prefix in prefixes)
     positions = before + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
     hidden, cache = model.apply(
-        {"params": parameters}, tokens, segment_ids, positions, prefixes=prefixes, keep_keys=True
+        {"params": parameters},
+        tokens,
+        segment_ids,
+        positions,
+        prefixes=prefixes,
+        keep_keys=True,
+        odd=("batch", "length"),
     )
     layers = tuple(compress(layer, cache_dtype) for layer in cache.layers)
     return _logits(hidden[:, -1], parameters), cache.replace(layers=layers)

@@ -92,6 +92,7 @@ def plan(run: Run, names: list[str]) -> list[str]:
     for name in names:
         if name not in order:
             raise UserError(f"unknown stage {name!r}; the stages of this config are {', '.join(order)}")
+    _check_weights(run)
     _check_rounds(run)
     check_verifiers(run, names)
     check_labels_by_principle(run)
@@ -102,6 +103,14 @@ def plan(run: Run, names: list[str]) -> list[str]:
     if "critique" in names and not is_done(run, "critique"):
         check_reviser(run)
     return sorted(set(names), key=order.index)
+
+
+def _check_weights(run: Run) -> None:
+    """Raises UserError for a model of which there is the shape alone."""
+    for name, value in flatten(run.config).items():
+        if name.endswith("weights") and str(value).startswith(gguf.SHAPE):
+            with blame(name):
+                gguf.resolve(value)
 
 
 def _check_rounds(run: Run) -> None:

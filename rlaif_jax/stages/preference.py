@@ -19,6 +19,7 @@ from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import Judgement, judge_pairs, live_plan, load_judge
 from rlaif_jax.judge.store import UNSCORED
 from rlaif_jax.losses.preference import preference_loss
+from rlaif_jax.models.parameters import to_device
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_batch
@@ -62,7 +63,7 @@ def run_preference(run: Run) -> None:
     Offline also `preference/reference.parquet`: the reference's log-prob of every response, worked out once.
     """
     config, model = run.config.preference, run.language_model()
-    reference = run.start_params()
+    reference = run.waiting("reference", run.start_params())
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = step_function(model, optimizer, config)
     make_step = (_online if config.online else _offline)(run, model, reference)
@@ -76,7 +77,7 @@ def run_preference(run: Run) -> None:
         run.folder("preference"),
         LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates),
         abstract_state(model, optimizer, run.placement),
-        lambda: init_state(model, reference, optimizer, run.placement),
+        lambda: init_state(model, to_device(reference), optimizer, run.placement),
         next_step,
         functools.partial(_watch, config.max_unscored_rate),
     )
@@ -152,7 +153,7 @@ def _stored_reference(run: Run, model: LanguageModel, reference, pairs: Comparis
     """The reference's log-prob of each response: two [pairs] float32, from `reference.parquet`, made if missing."""
     config, file = run.config.preference, run.folder("preference") / "reference.parquet"
     if not there(file):
-        columns = {}
+        columns, reference = {}, to_device(reference)
         for name in ("a", "b"):
             found = [
                 processes.to_host(reference_logprobs(model, reference, batch, config.sampling.temperature))[:rows]
@@ -173,13 +174,16 @@ def _online(run: Run, model: LanguageModel, reference):
         run, "preference", config.batch_size, 2, config.sampling, "preference.batch_size", one_shape=False
     )
     judge = load_judge(run.config.judge, run.config.seed, run.judge_placement)
+    judge = judge.moved(functools.partial(run.waiting, "judge"))
     plan = live_plan(judge)
     principles = comparison_principles(run, "preference") if judge.template.by_principle else []
 
     def step_of(params, step: int) -> Step:
         sampled = rollouts.sample(params, step).sequences
         sides = [jax.tree.map(lambda x, side=side: x[side::2], sampled) for side in (0, 1)]
-        references = [reference_logprobs(model, reference, side, config.sampling.temperature) for side in sides]
+        on_device = to_device(reference)
+        references = [reference_logprobs(model, on_device, side, config.sampling.temperature) for side in sides]
+        del on_device
         host = processes.to_host(sampled)
         texts = decode_responses(tokenizer, host.responses, host.response_mask)
         prompts = rollouts.prompts(step)[::2]

@@ -198,7 +198,7 @@ def _load(run: Run, config: ScorersConfig, group: str, judge_config: JudgeConfig
     if config.judge:
         judge = load_judge(
             dataclasses.replace(judge_config, prompt=config.judge_prompt), run.config.seed, run.judge_placement
-        )
+        ).moved(functools.partial(run.waiting, "judge"))
     if config.verifier:
         verifier = _verifier(run, config, group)
     return Scorers(config, group, judge, verifier)

@@ -11,7 +11,7 @@ from rlaif_jax.config import RLConfig
 from rlaif_jax.data.encoding import decode_responses
 from rlaif_jax.data.packing import PackedRows, lay_out
 from rlaif_jax.errors import UserError
-from rlaif_jax.models.parameters import init_parameters
+from rlaif_jax.models.parameters import init_parameters, to_device
 from rlaif_jax.parallel.mesh import batch_sharding, shard_batch, shard_rows
 from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.progress import warn
@@ -37,8 +37,9 @@ def run_rl(run: Run) -> None:
     one_shape = bool(config.rollout_lag)  # responses kept in the state
     what = "rl.batch_size / group_size"
     rollouts = Rollouts(run, "rl", count, config.group_size, config.sampling, what, one_shape)
-    reference = run.start_params()
-    reward_model = load_reward_model(run) if config.rewards.reward_model else None
+    reference = run.waiting("reference", run.start_params())
+    reward_model = run.waiting("reward_model", load_reward_model(run) if config.rewards.reward_model else None)
+    exact_kl = config.kl.placement == "loss" and config.kl.estimator == "full"
     text_rewards, gold, demonstrations = load_rewards(run), load_gold(run), _demonstrations(run)
 
     optimizer, value_optimizer = optimizers(config)
@@ -46,12 +47,13 @@ def run_rl(run: Run) -> None:
     zeros = shard_batch(np.zeros(config.batch_size, np.float32), mesh)
 
     def init() -> RLState:
-        begin = init_state(model, reference, optimizer, run.placement)
+        policy = to_device(reference)
+        begin = init_state(model, policy, optimizer, run.placement)
         value = None
         if config.advantage == "gae":
-            value = init_state(scalar_model, _value_params(run, reference), value_optimizer, run.placement)
+            value = init_state(scalar_model, _value_params(run, policy), value_optimizer, run.placement)
         control = jax.tree.map(lambda x: put(x, run.placement.whole), initial_control(config))
-        pending = rollouts.sample(reference, 0) if config.rollout_lag else None
+        pending = rollouts.sample(policy, 0) if config.rollout_lag else None
         return RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, control, pending)
 
     def next_step(state: RLState, step: int):
@@ -67,12 +69,15 @@ def run_rl(run: Run) -> None:
         if text_rewards.needed:
             host_scores, text_metrics = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1))
             scores = shard_batch(host_scores, mesh)
+        used = to_device((reference, reward_model))
         rollout, control, scores, metrics = make_rollout(
-            model, scalar_model, state, reference, reward_model, sampled, scores, config=config
+            model, scalar_model, state, *used, sampled, scores, config=config
         )
+        in_update = used[0] if exact_kl else None
+        del used  # copies of what waits in host memory are gone before the update
         kl_coef, key = state.control.kl_coef, run.key("permutation", step)
         state = state.replace(control=None)
-        state, update_metrics = update_fn(state, rollout, kl_coef, reference, demonstrations(step), key)
+        state, update_metrics = update_fn(state, rollout, kl_coef, in_update, demonstrations(step), key)
         state = state.replace(control=control)
         if gold.needed:  # nothing waits for it: the device updates meanwhile
             text_metrics |= gold.metrics(prompts, texts)

@@ -26,11 +26,11 @@ from rlaif_jax.evaluation.names import stage_and_iteration
 from rlaif_jax.files import read_json, read_parquet, there
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
-from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import Placement, abstract_parameters
+from rlaif_jax.models.parameters import Placement, abstract_parameters, check_host_memory, to_host
+from rlaif_jax.models.shapes import model_config
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel import processes
-from rlaif_jax.parallel.mesh import batch_ways, make_mesh
+from rlaif_jax.parallel.mesh import FORWARD_RULES, JUDGE_RULES, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 from rlaif_jax.training.checkpoints import check_whole, restore_params
 from rlaif_jax.training.reward_models import side_by_side
@@ -64,6 +64,10 @@ class Run:
         config = self.config.mesh.judge
         return Placement(make_mesh(config, jax.local_devices()), config.replicated)
 
+    def waiting(self, role: str, tree):
+        """The parameters of a role as they wait between uses, before each of which `to_device` is called."""
+        return to_host(tree) if role in self.config.mesh.offload else tree
+
     def record(self, stage: str) -> epath.Path:
         """The file that says under which config a stage was begun, and whether it is done."""
         return self.folder(stage) / "stage.json"
@@ -93,7 +97,7 @@ class Run:
         policy = self.config.policy
         if not policy.weights:
             return policy.model
-        shape = gguf.model_config(gguf.open_gguf(policy.weights))
+        shape = model_config(policy.weights)
         return dataclasses.replace(
             shape, remat=policy.model.remat, dtype=policy.model.dtype, attention=policy.model.attention
         )
@@ -127,7 +131,7 @@ class Run:
         members: of models that were trained side by side, each leaf [members, ...]; 0 for one without that axis.
         iteration: of RL, after how many of its iterations, of those that it keeps; 0 for its end.
         """
-        abstract = abstract_parameters(model, self.placement)
+        abstract = abstract_parameters(model, self.placement, FORWARD_RULES)
         abstract = side_by_side(abstract, members) if members else abstract
         folder, last = self.folder(stage) / "checkpoints", getattr(self.config, stage).steps
         with self._remedy(stage, iteration):
@@ -176,7 +180,10 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
     run = Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
     with blame("mesh.judge"):
         judge_mesh = run.judge_placement.mesh
-    check(config, batch_ways(mesh), batch_ways(judge_mesh))
+    check(config, mesh, judge_mesh)
+    if config.mesh.offload:
+        with blame("mesh.offload"):
+            check_host_memory()
     _check_gold(config, workdir)
     with blame("policy.weights"):
         policy = run.model_config()
@@ -187,7 +194,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         judges["rl.gold.judge"] = ("rl.gold.judge_weights", config.rl.gold.judge_weights, config.judge.max_length)
     for name, (field, weights, max_length) in judges.items():
         with blame(field):
-            shape = policy if weights == POLICY else gguf.model_config(gguf.open_gguf(weights))
+            shape = policy if weights == POLICY else model_config(weights)
         if shape.max_position_embeddings < max_length:
             longest = "judge" if name == "rl.gold.judge" else name
             own = weights == POLICY and not config.policy.weights
@@ -200,13 +207,13 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
         judging[name] = LanguageModel(shape)
     if "critique" in config.stages and config.critique.weights:
         with blame("critique.weights"):
-            models["reviser"] = LanguageModel(gguf.model_config(gguf.open_gguf(config.critique.weights)))
+            models["reviser"] = LanguageModel(model_config(config.critique.weights))
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
     for name, model in judging.items():
         with blame(f"mesh.judge does not fit {name}"):
-            run.judge_placement.parameters(model)
+            run.judge_placement.parameters(model, JUDGE_RULES)
     return run
 
 

@@ -84,7 +84,7 @@ def update(
     """`epochs` passes over the rollout in freshly permuted minibatches, as one scan. Metrics are their means.
 
     state: donated by its caller, so without the control, whose arrays `make_rollout` may have passed on.
-    kl_coef: [] float32, of a penalty in the loss. reference: the SFT policy's parameters.
+    kl_coef: [] float32, of a penalty in the loss. reference: the SFT policy's parameters, for the exact KL in the loss.
     demonstrations: rows for all minibatches together, with `ptx_coef`.
     """
     updates, size = config.epochs * config.minibatches, config.batch_size // config.minibatches

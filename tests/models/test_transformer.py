@@ -7,7 +7,7 @@ import pytest
 
 from rlaif_jax.models.cache import compress, empty_cache
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
-from rlaif_jax.models.transformer import LanguageModel, ScalarModel, unembedding
+from rlaif_jax.models.transformer import REMAT, LanguageModel, ScalarModel, unembedding
 from tests.helpers import apply, assert_trees_close, one_device, random_params, random_tokens, tiny
 
 MODEL = LanguageModel(tiny())
@@ -156,9 +156,24 @@ def test_a_fully_padded_row_is_finite_and_so_is_its_gradient():
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
 
 
-def test_remat_gives_the_same_gradient():
-    remat = LanguageModel(tiny(remat=True))
+@pytest.mark.parametrize("name", [name for name in REMAT if name != "products"])
+def test_what_is_recomputed_changes_no_gradient(name):
+    remat = LanguageModel(tiny(remat=name))
     assert_trees_close(value_and_gradient(remat, ONES), value_and_gradient(MODEL, ONES), rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_recomputed_takes_no_memory():
+    def temporary_bytes(remat):
+        model = LanguageModel(tiny(remat=remat, num_hidden_layers=8))
+        rows = np.ones((8, 32), np.int32)
+
+        def loss(params):
+            return jnp.sum(model.apply({"params": params}, rows, rows)[0])
+
+        compiled = jax.jit(jax.grad(loss)).lower(random_params(model)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < temporary_bytes("attention") < temporary_bytes("products")
 
 
 def test_bfloat16_computation_stays_close():

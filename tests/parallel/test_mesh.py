@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rlaif_jax.parallel.mesh import MeshConfig, constrain, make_mesh, parameter_shardings, partition_spec, shard_batch
-from tests.helpers import axes, eight_device_mesh
+from tests.helpers import Chip, axes, eight_device_mesh
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +76,8 @@ def test_slices_are_consecutive_devices_along_data(slices, data, fsdp):
     assert np.array_equal(each, np.repeat(np.arange(slices), 8 // slices).reshape(slices, -1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A device of a slice."""
-
-    id: int
-    slice_index: int
-    platform: str = "cpu"
-    device_kind: str = "none"
-
-
 def test_devices_that_name_their_slice_are_grouped_by_it():
-    chips = [Chip(i, i % 2) for i in range(8)]
-    mesh = make_mesh(mesh_config(slices=2, data=4, fsdp=2), chips)
+    mesh = make_mesh(mesh_config(slices=2, data=4, fsdp=2), [Chip(i, i % 2) for i in range(8)])
     assert [chip.slice_index for chip in mesh.devices.flat] == [0] * 4 + [1] * 4
 
 
@@ -111,11 +98,21 @@ def test_constrain_without_a_mesh_is_the_identity():
     assert constrain(x, "batch", None) is x
 
 
-@pytest.mark.parametrize(("batch", "spec"), [(8, P(("fsdp",), None)), (1, P())])
-def test_constrain_splits_what_the_mesh_divides(mesh, batch, spec):
+@pytest.mark.parametrize(
+    ("shape", "odd", "spec"),
+    [((8, 6), (), P("fsdp", "sequence")), ((1, 1), (), P()), ((6, 8), ("batch",), P(None, "sequence"))],
+)
+def test_constrain_splits_what_the_mesh_divides(shape, odd, spec):
+    mesh = make_mesh(axes(fsdp=4, sequence=2))
     with jax.set_mesh(mesh):
-        x = jax.jit(lambda x: constrain(x * 2, "batch", None))(np.ones((batch, 2), np.float32))
+        x = jax.jit(lambda x: constrain(x * 2, "batch", "length", odd=odd))(np.ones(shape, np.float32))
     assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
+
+
+@pytest.mark.parametrize(("shape", "odd", "name"), [((6, 8), (), "batch"), ((6, 7), ("batch",), "length")])
+def test_an_activation_that_does_not_divide_is_an_error_unless_it_may_be_odd(shape, odd, name):
+    with jax.set_mesh(make_mesh(axes(fsdp=4, sequence=2))), pytest.raises(ValueError, match=f"'{name}' has size"):
+        constrain(np.ones(shape), "batch", "length", odd=odd)
 
 
 def test_a_batch_is_split_in_whole_rows(mesh):

@@ -286,9 +286,9 @@ def test_more_first_replies_than_red_team_prompts_are_refused(begun, finished, t
 def test_sl_cai_can_be_evaluated_by_itself_but_not_go_round(begun, tmp_path):
     options = parse_flags(["main", *flags_of(begun, tmp_path)], "", flags.FlagValues())
     config = dataclasses.replace(parse(options.config.to_dict()), stages=("sft", "critique", "sl_cai", "eval"))
-    check(config, 1, 1)
+    check(config, one_device_mesh(), one_device_mesh())
     with pytest.raises(UserError, match=r"config\.rounds=2 needs a stage .* one of best_of_n, preference, rl"):
-        check(dataclasses.replace(config, rounds=2), 1, 1)
+        check(dataclasses.replace(config, rounds=2), one_device_mesh(), one_device_mesh())
 
 
 def test_fewer_rows_than_a_batch_are_called_rows():
@@ -299,4 +299,4 @@ def test_fewer_rows_than_a_batch_are_called_rows():
 @pytest.mark.parametrize(("stages", "words"), [(("sft", "sl_cai"), "critique"), (("critique", "sl_cai"), "sft")])
 def test_a_stage_without_the_one_before_is_refused(stages, words):
     with pytest.raises(UserError, match=f"needs {words}"):
-        check(dataclasses.replace(quickstart_config(), stages=stages), 1, 1)
+        check(dataclasses.replace(quickstart_config(), stages=stages), one_device_mesh(), one_device_mesh())

@@ -18,7 +18,7 @@ from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import load_judge, rate
 from rlaif_jax.stages import evaluate, harmlessness
 from rlaif_jax.stages.run import Run
-from tests.helpers import one_device, quickstart_config
+from tests.helpers import one_device, one_device_mesh, quickstart_config
 from tests.tiny_judge import write_judge
 
 PROMPTS = [f"How do I clean my oven, take {i}?" for i in range(7)]
@@ -214,4 +214,4 @@ def test_a_ground_truth_that_knows_harm_says_so_where_it_is_asked_for(finished, 
 def test_a_prompt_that_does_not_rate_is_refused_at_once():
     changes = {"evaluation.helpful_prompt.template": "helpful", "evaluation.helpful_prompt.method": "pairwise"}
     with pytest.raises(UserError, match=r"evaluation\.helpful_prompt needs method=rating"):
-        check(override(quickstart_config(), changes), 1, 1)
+        check(override(quickstart_config(), changes), one_device_mesh(), one_device_mesh())

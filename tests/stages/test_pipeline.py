@@ -13,9 +13,10 @@ from etils import epath
 
 from rlaif_jax import audit, export
 from rlaif_jax.commands import parse_flags
-from rlaif_jax.config import parse
+from rlaif_jax.config import override, parse
 from rlaif_jax.errors import UserError
 from rlaif_jax.main import main
+from rlaif_jax.models.parameters import to_device
 from rlaif_jax.stages import replies, rl
 from rlaif_jax.stages.preferences import read_preferences
 from rlaif_jax.stages.run import open_run
@@ -130,10 +131,15 @@ BAD_USAGE = {
     "context too short": (["--config.policy.model.max_position_embeddings=64"], ["max_position_embeddings=64", "128"]),
     "mesh of too many": (["--config.mesh.tensor=5", "--config.mesh.fsdp=5"], ["config.mesh", "devices"]),
     "mesh that does not divide": (["--config.mesh.tensor=4", "--config.mesh.fsdp=2"], ["policy", "heads'", "size 2"]),
-    "judges that do not divide": (["--config.mesh.judge.tensor=8"], ["mesh.judge", "fit judge", "heads' has size 2"]),
-    "judges' mesh of too many": (["--config.mesh.judge.tensor=5"], ["config.mesh.judge", "8 devices", "5"]),
+    "judges that do not divide": (["--config.mesh.judge.tensor=4"], ["mesh.judge", "fit judge", "heads' has size 2"]),
+    "judges' mesh of too many": (["--config.mesh.judge.tensor=5"], ["config.mesh.judge", "5 devices", "are 8"]),
     "offload of none": (["--config.mesh.offload=('policy',)"], ["mesh.offload", "reward_model"]),
     "slices of three": (["--config.mesh.slices=3", "--config.mesh.data=2"], ["config.mesh", "slices=3", "data=2"]),
+    "odd length": (["--config.mesh.sequence=2", "--config.sft.row_length=129"], ["row_length=129", "sequence, 2"]),
+    "odd bucket": (
+        ["--config.mesh.judge.sequence=2", "--config.mesh.judge.data=4", "--config.judge.bucket_multiple=9"],
+        ["judge.bucket_multiple=9", "mesh.judge.sequence, 2"],
+    ),
     "kept less than never": (["--config.rl.keep_every=-1"], ["rl.keep_every=-1", "0 or more"]),
     "best by nothing": (["--config.rl.keep_best=loss"], ["rl.keep_best='loss'", "min METRIC"]),
     "label row": (["--replay=99"], ["99", "0 to 15"]),
@@ -211,6 +217,27 @@ def test_an_rl_iteration_moves_nothing_to_or_from_the_device_but_its_prompts(fin
     with jax.set_mesh(run.placement.mesh):
         rl.run_rl(run)
     assert np.isfinite(guarded).all() and guarded
+
+
+def test_parameters_that_wait_in_host_memory_change_nothing(finished, monkeypatch):
+    metrics, waited = [], []
+
+    def watched(tree):
+        waited.append({x.sharding.memory_kind for x in jax.tree.leaves(tree)})
+        return to_device(tree)
+
+    def one_step(folder, loop, abstract, init, next_step, watch):
+        metrics.append(jax.device_get(next_step(init(), 0)[1]))
+
+    monkeypatch.setattr(rl, "train", one_step)
+    monkeypatch.setattr(rl, "to_device", watched)
+    for offload in ((), ("reference", "reward_model")):
+        run = opened(finished)
+        run = dataclasses.replace(run, config=override(run.config, {"mesh.offload": offload}))
+        with jax.set_mesh(run.placement.mesh):
+            rl.run_rl(run)
+    assert waited == [{"device"}] * 2 + [{"pinned_host"}] * 2
+    assert metrics[0] == metrics[1]
 
 
 def test_replies_that_were_written_are_not_sampled_again(finished, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -86,19 +87,21 @@ def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, label
     # Eight threads of a CPU add up in any order.
     monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     assert main(begun(judge, labelled, tmp_path / "whole", *ONLINE)) == 0
-    judge_pairs, calls = preference.judge_pairs, []
+    judge_pairs, calls, waited = preference.judge_pairs, [], set()
 
     def killed(*arguments):
         calls.append(len(arguments[1]))
+        waited.update(x.sharding.memory_kind for x in jax.tree.leaves(arguments[0].scorer.params))
         if len(calls) == 4:
             raise KeyboardInterrupt
         return judge_pairs(*arguments)
 
     monkeypatch.setattr(preference, "judge_pairs", killed)
-    assert main(begun(judge, labelled, tmp_path / "killed", *ONLINE, "--stages=preference")) == 130
-    assert main(begun(judge, labelled, tmp_path / "killed", *ONLINE, "--stages=preference")) == 0
+    options = (*ONLINE, "--stages=preference", "--config.mesh.offload=('reference','judge')")
+    assert main(begun(judge, labelled, tmp_path / "killed", *options)) == 130
+    assert main(begun(judge, labelled, tmp_path / "killed", *options)) == 0
     assert lines(tmp_path / "whole", "preference") == lines(tmp_path / "killed", "preference")
-    assert set(calls) == {8}
+    assert set(calls) == {8} and waited == {"pinned_host"}
     results = json.loads((tmp_path / "whole" / "eval" / "results.json").read_text())
     assert {"win_rate/preference_vs_sft", "ground_truth_good/preference", "kl/preference_vs_sft"} <= set(results)
     assert results["judge_is_training_judge"] is True

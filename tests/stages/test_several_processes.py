@@ -42,7 +42,7 @@ def test_two_processes_do_what_one_does(tmp_path, command, two_processes):
 
 
 def end_one(processes, workdir, stage, events, victim, with_signal):
-    """Signals one of two processes in a stage; returns exit status and stderr of both, and the seconds until the end."""
+    """Signals one process in a stage. Returns exit status and stderr of each, and the seconds until the end."""
     began = time.time_ns()
     while position(workdir, began, ORDER) < (ORDER.index(stage), events):
         assert all(process.poll() is None for process in processes), ended(processes)
