@@ -7,6 +7,7 @@ go on once the file is there.
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +26,8 @@ def replacing(path: epath.Path) -> Iterator[epath.Path]:
 
     Raises UserError where it can't be written.
     """
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"  # others may write the same file at the same time
+    # Others, on this machine or another one, may write the same file at the same time.
+    temporary = path.parent / f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -225,6 +225,16 @@ def judge_pairs(
     return [_judgement(judge, pair, i, answers) for i, pair in enumerate(pairs)]
 
 
+def judge_live(judge: Judge, pairs: Sequence[Pair], plan: Plan, ids: Sequence[int]) -> list[Judgement]:
+    """As `judge_pairs`; of several processes each judges a part, and all get the whole."""
+
+    def judged(pairs: Sequence[Pair], ids: Sequence[int]) -> list[dict]:
+        return list(map(dataclasses.asdict, judge_pairs(judge, pairs, plan, ids)))
+
+    rows = processes.parted(pairs, judged, ids)
+    return [Judgement(**row | {"verdict": row["verdict"] and Verdict(*row["verdict"])}) for row in rows]
+
+
 def _tokens_after(reasoner: Reasoner | None, choices: Sequence[tuple[int, ...]]) -> int:
     """The most tokens that follow a prompt and are read."""
     return reasoner.tokens_after if reasoner else max(map(len, choices)) - 1
@@ -317,7 +327,7 @@ def rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.n
     return np.array(processes.parted(prompts, functools.partial(_rate, judge), responses), float)
 
 
-def _rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+def _rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     rests = _suffixes(judge, list(map(judge.template.rated, prompts, responses)))
     room = judge.config.max_length - len(judge.preamble) - _tokens_after(None, judge.choices)
     fitting = [i for i, rest in enumerate(rests) if len(rest) <= room]
@@ -330,7 +340,7 @@ def _rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.
         scores = exclusive(sum_by_choice(logprobs, 1, judge.choices), judge.choices)[0]
         if not np.any(np.isnan(scores)) and np.isfinite(scores.max()):
             ratings[fitting[tree]] = rating(normalise(scores))
-    return ratings
+    return ratings.tolist()
 
 
 def _ladder(config: JudgeConfig) -> list[int]:

@@ -250,12 +250,12 @@ def _assemble(folder: epath.Path) -> tuple[collections.Counter, list[str]]:
     return statuses, sorted(names)
 
 
-def _manifest(judge: Judge, statuses: collections.Counter, names: list[str]) -> dict:
+def _manifest(judge: Judge, statuses: Mapping[str, int], names: list[str]) -> dict:
     return judge.provenance | {
         "method": judge.template.method,
         "axes": list(judge.template.axes) if len(judge.template.axes) > 1 else [],
         "preamble_tokens": len(judge.preamble),
-        "rows": statuses.total(),
+        "rows": sum(statuses.values()),
         "status": dict(statuses),
         "shards": names,
     }

@@ -7,8 +7,8 @@ Every process runs the same program, and does what spans them all (a program ove
 import atexit
 import contextlib
 import dataclasses
+import json
 import os
-import pickle
 import re
 import signal
 import sys
@@ -168,35 +168,35 @@ def barrier(name: str = "") -> None:
 def agree(value: Value, name: str = "") -> Value:
     """Process 0's value, in all processes: what depends on a file or on the clock is one's to say.
 
-    name: as for `barrier`.
+    value: what JSON can hold, lists for tuples. name: as for `barrier`.
     """
     if not _watch:
         return value
     key = name or _next("agree")
     if first():
-        _client().key_value_set_bytes(key, pickle.dumps(value))
-        return value
-    return pickle.loads(_client().blocking_key_value_get_bytes(key, _FOREVER))
+        _client().key_value_set(key, json.dumps(value))
+    return json.loads(_client().blocking_key_value_get(key, _FOREVER))
 
 
 def gather(value: Value, name: str = "") -> list[Value]:
-    """The values of all processes, in their order. name: as for `barrier`."""
+    """The values of all processes, in their order. value and name: as for `agree`."""
     if not _watch:
         return [value]
     key, client = name or _next("gather"), _client()
-    client.key_value_set_bytes(f"{key}/{index()}", pickle.dumps(value))
+    client.key_value_set(f"{key}/{index()}", json.dumps(value))
     barrier(f"{key}/there")
-    found = dict(client.key_value_dir_get_bytes(f"{key}/"))
+    found = dict(client.key_value_dir_get(f"{key}/"))
     barrier(f"{key}/read")
     if first():
         client.key_value_delete(f"{key}/")
-    return [pickle.loads(found[f"{key}/{i}"]) for i in range(count())]
+    return [json.loads(found[f"{key}/{i}"]) for i in range(count())]
 
 
 def parted(items: Sequence, work: Callable[..., Sequence], *others: Sequence) -> list:
     """`work(items, *others)`, one result an item, each process on its own run of items; all get all results.
 
-    work: for programs on the devices of one process. others: sequences beside `items`, cut alike.
+    work: for programs on the devices of one process; its results are what JSON can hold. others: sequences beside
+    `items`, cut alike.
     """
     bounds = np.linspace(0, len(items), count() + 1).astype(int)
     mine = slice(bounds[index()], bounds[index() + 1])

@@ -16,7 +16,7 @@ from rlaif_jax.data.encoding import decode_responses
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_parquet, there, write_parquet
 from rlaif_jax.judge.prompts import Pair
-from rlaif_jax.judge.score import Judgement, judge_pairs, live_plan, load_judge
+from rlaif_jax.judge.score import Judgement, judge_live, live_plan, load_judge
 from rlaif_jax.judge.store import UNSCORED
 from rlaif_jax.losses.preference import preference_loss
 from rlaif_jax.models.parameters import to_device
@@ -191,7 +191,7 @@ def _online(run: Run, model: LanguageModel, reference):
         ids = range(step * config.batch_size, (step + 1) * config.batch_size)
         if principles:
             asked = draw_principles(principles, draws(run), asked, ids)
-        judged = processes.parted(asked, lambda pairs, ids: judge_pairs(judge, pairs, plan, ids), ids)
+        judged = judge_live(judge, asked, plan, ids)
         prob_a, weight = _labels(run, judged, step)
         batch = PreferenceBatch(Comparisons(*sides, *shard_batch((prob_a, weight), mesh)), *references)
         lengths = host.response_mask.sum(axis=1)

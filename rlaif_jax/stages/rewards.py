@@ -44,8 +44,8 @@ class Scorers:
         if self.judge:
             parts["judge"] = self.config.judge, rate(self.judge, prompts, responses)
         if self.verifier:
-            by_verifier = functools.partial(verified, self.verifier, self.config.verifier_function, self.group)
-            parts["verifier"] = self.config.verifier, np.array(processes.parted(prompts, by_verifier, responses), float)
+            verify = functools.partial(verified, self.verifier, self.config.verifier_function, self.group)
+            parts["verifier"] = self.config.verifier, np.array(processes.parted(prompts, verify, responses), float)
         if self.reward_model:
             parts["reward_model"] = self.config.reward_model, self.reward_model(prompts, responses)
         return parts

@@ -175,6 +175,11 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
 
     Raises UserError where config, devices and models do not fit together.
     """
+    if jax.process_count() != processes.count():
+        raise UserError(
+            f"JAX finds the devices of {jax.process_count()} processes, and this command was told of "
+            f"{processes.count()}: start it with launch/tpu_pod.sh, or give --coordinator, --processes and --process"
+        )
     with blame("mesh"):
         mesh = make_mesh(config.mesh)
     run = Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))

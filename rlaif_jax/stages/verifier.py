@@ -32,8 +32,10 @@ def find_verifier(name: str, group: str) -> Verifier:
     return found
 
 
-def verified(verifier: Verifier, name: str, group: str, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """What a verifier makes of responses: [n] float64, NaN where it has no number.
+def verified(
+    verifier: Verifier, name: str, group: str, prompts: Sequence[str], responses: Sequence[str]
+) -> list[float]:
+    """What a verifier makes of each response, NaN where it has no number.
 
     Raises UserError where it raises anything, or returns anything but a number or None for each response; it says
     that the config `group` has `name` as the verifier's.
@@ -45,7 +47,7 @@ def verified(verifier: Verifier, name: str, group: str, prompts: Sequence[str], 
         raise UserError(f"{field} failed on {len(responses)} responses: {_said(error)}") from error
     if len(values) != len(responses):
         raise UserError(f"{field} returned {len(values)} numbers for {len(responses)} responses")
-    return np.array([_number(value, row, field) for row, value in enumerate(values)])
+    return [_number(value, row, field) for row, value in enumerate(values)]
 
 
 def _number(value, row: int, field: str) -> float:

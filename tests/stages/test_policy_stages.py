@@ -87,16 +87,16 @@ def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, label
     # Eight threads of a CPU add up in any order.
     monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
     assert main(begun(judge, labelled, tmp_path / "whole", *ONLINE)) == 0
-    judge_pairs, calls, waited = preference.judge_pairs, [], set()
+    judge_live, calls, waited = preference.judge_live, [], set()
 
     def killed(*arguments):
         calls.append(len(arguments[1]))
         waited.update(x.sharding.memory_kind for x in jax.tree.leaves(arguments[0].scorer.params))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return judge_pairs(*arguments)
+        return judge_live(*arguments)
 
-    monkeypatch.setattr(preference, "judge_pairs", killed)
+    monkeypatch.setattr(preference, "judge_live", killed)
     options = (*ONLINE, "--stages=preference", "--config.mesh.offload=('reference','judge')")
     assert main(begun(judge, labelled, tmp_path / "killed", *options)) == 130
     assert main(begun(judge, labelled, tmp_path / "killed", *options)) == 0
@@ -111,14 +111,14 @@ def test_online_pairs_are_judged_at_once_and_a_kill_changes_nothing(judge, label
 
 def test_a_pair_without_a_judgement_counts_for_nothing(judge, labelled, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(runs, "make_mesh", lambda *given: one_device_mesh())
-    judge_pairs, asked = score.judge_pairs, []
+    judge_live, asked = score.judge_live, []
 
     def lost(*arguments):
-        found = judge_pairs(*arguments)
+        found = judge_live(*arguments)
         asked.append((arguments[1][0].principle, found[0].hash_forward, found[0].hash_reversed))
         return [*found[:1], *(dataclasses.replace(each, status="not_finite", verdict=None) for each in found[1:])]
 
-    monkeypatch.setattr(preference, "judge_pairs", lost)
+    monkeypatch.setattr(preference, "judge_live", lost)
     options, allowed = (*ONLINE, "--stages=preference"), ("--config.preference.max_unscored_rate=0.9",)
     allowed += ("--config.constitution.file=assistant", "--config.label.principles=draw")
     allowed += ("--config.judge.prompt.template=everyday_principles",)
