@@ -63,6 +63,9 @@ _READ_BY_NONE = ("eval", "overoptimisation")  # stages of whose results no later
 # Fields that change how a stage runs, not what it computes (beyond rounding).
 _OPERATIONAL = (
     "checkpoint_every",
+    "micro_batches",
+    ".remat",
+    ".attention",
     "commit_every",
     "keep_best",
     "evaluation.shown_samples",
@@ -257,7 +260,8 @@ def _check_config(run: Run, name: str) -> None:
 def _changed(run: Run, name: str) -> dict[str, tuple]:
     """What a begun stage depends on that is no longer as it was: what it was, and what it is."""
     before, now = _read_record(run.record(name))["config"], stage_inputs(run, name)
-    return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
+    keys = (key for key in {**before, **now} if not key.endswith(_OPERATIONAL))  # some were none in earlier versions
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 
 def _check_predecessors(run: Run, name: str) -> None:
