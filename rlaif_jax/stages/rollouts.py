@@ -8,7 +8,7 @@ import numpy as np
 
 from rlaif_jax.data.encoding import encode_prompts
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
-from rlaif_jax.parallel.mesh import shard_batch
+from rlaif_jax.parallel.mesh import constrain, shard_batch
 from rlaif_jax.sampling.buckets import bucket_of, length_buckets
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.generate import generate
@@ -68,6 +68,10 @@ class Rollouts:
 
 @functools.partial(jax.jit, static_argnames="copies")
 def joined(prompts, prompt_mask, samples, ended, *, copies: int) -> Sampled:
-    """Prompts [rows, prompt_length] with their replies [rows * copies, length], those to one prompt side by side."""
+    """Prompts [rows, prompt_length] with their replies [rows * copies, length], those to one prompt side by side.
+
+    Split along the rows, as what is read from a checkpoint: another layout would be added up in another order.
+    """
     prompts, prompt_mask = (jnp.repeat(x, copies, axis=0) for x in (prompts, prompt_mask))
-    return Sampled(Sequences(prompts, prompt_mask, samples.tokens, samples.mask), samples.logprobs, ended)
+    sampled = Sampled(Sequences(prompts, prompt_mask, samples.tokens, samples.mask), samples.logprobs, ended)
+    return jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), sampled)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import jax
 from etils import epath
 
 from rlaif_jax.errors import Stopped, UserError
@@ -56,6 +57,7 @@ def train(
     unlogged: list[tuple[int, dict, Callable[[], list[dict]]]] = []
     with contextlib.closing(Checkpoints(folder / "checkpoints", config.keep_best, config.keep_every)) as checkpoints:
         start, state = checkpoints.resume(abstract) or (0, init())
+        _check_placement(state, abstract)
         saved, began = start, time.perf_counter()
         with _log(folder, start) as log:
 
@@ -76,6 +78,8 @@ def train(
 
             for step in progress(range(start, config.steps), name, total=config.steps, initial=start, unit="step"):
                 state, metrics, samples = next_step(state, step)
+                if step == start:
+                    _check_placement(state, abstract)
                 if unlogged:  # the step before: what is logged of it is worked out while the device does this one
                     flush()
                 unlogged.append((step, metrics, samples))
@@ -97,6 +101,20 @@ def _log(folder: epath.Path, start: int) -> Iterator[StageLog | None]:
         return
     with contextlib.closing(StageLog(folder, folder.parent / "logs", start)) as log:
         yield log
+
+
+def _check_placement(state, abstract) -> None:
+    """Raises ValueError where an array does not lie as one read from a checkpoint does.
+
+    The programs of a resumed run would be others then, which add up in another order.
+    """
+
+    def check(path, x, expected):
+        if not x.sharding.is_equivalent_to(expected.sharding, x.ndim):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"state{name} lies as {x.sharding}, and when it is resumed as {expected.sharding}")
+
+    jax.tree_util.tree_map_with_path(check, state, abstract)
 
 
 def _check(name: str, config: LoopConfig, folder: epath.Path, step: int, saved: int, metrics: dict) -> None:
