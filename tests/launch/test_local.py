@@ -114,6 +114,7 @@ def test_a_run_that_is_preempted_goes_on(launcher):
     flags = tiny_run_flags(write_judge(launcher.state / "judge.gguf"), launcher.state / "run")
     command = [*flags, "--stages=sft", "--config.sft.steps=40", "--config.sft.checkpoint_every=5"]
     env = launcher.env | {"RESTARTS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the second start finds what the first has compiled
     command = ["bash", LOCAL, "2", "python", "-m", "rlaif_jax.main", *command]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (launcher.state / "run" / "sft" / "checkpoints" / "5").exists():
