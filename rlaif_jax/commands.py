@@ -57,8 +57,8 @@ def _ending_together() -> Iterator[None]:
             processes.fail(2, str(error))
         if isinstance(error, KeyboardInterrupt):
             processes.fail(130, "interrupted; the same command goes on from here")
-        broken = isinstance(error, jax.errors.JaxRuntimeError)  # as a rule a collective, because a process is gone
-        processes.fail(1, "".join(traceback.format_exception(error)), wait=broken)
+        # As a rule a collective has failed, for a process is gone: JAX raises that in several ways.
+        processes.fail(1, "".join(traceback.format_exception(error)), wait=True)
 
 
 def keep_compiled_programs() -> None:

@@ -32,7 +32,7 @@ class Watch:
         self._lock = threading.Lock()  # between the count of stop points and the choice of the one to stop at
         self._calls, self._stop_at, self._stopped = 0, 0, ""
         self._asked, self._over = threading.Event(), threading.Event()
-        self._beats: dict[str, tuple[str, float]] = {}  # of each process the last one, and when it was new
+        self._beats: dict[int, tuple[str, float]] = {}  # of each process the last one, and when it was new
         self._patience = _LOST_SECONDS
         self._hosts: dict[int, str] = {}
 
@@ -42,6 +42,7 @@ class Watch:
         self._client.wait_at_barrier("watch/begin", 60_000)
         found = self._client.key_value_dir_get(_HOSTS)
         self._hosts = {int(key.removeprefix(_HOSTS)): host for key, host in found}
+        self._beats = dict.fromkeys(range(self.count), ("", time.monotonic()))  # one may die before its first
         self._explain_abort()
         for work in (self._beat, self._guard):
             threading.Thread(target=work, daemon=True).start()
@@ -126,12 +127,12 @@ class Watch:
         """Process 0 tells of those whose beat has not changed."""
         now = time.monotonic()
         for key, beat in self._client.key_value_dir_get(_BEATS):
-            if self._beats.get(key, ("", 0.0))[0] != beat:
-                self._beats[key] = (beat, now)
-        for key, (_, since) in self._beats.items():
+            index = int(key.removeprefix(_BEATS))
+            if self._beats[index][0] != beat:
+                self._beats[index] = (beat, now)
+        for index, (_, since) in self._beats.items():
             if now - since > self._patience:
-                lost = int(key.removeprefix(_BEATS))
-                self._client.key_value_set(f"{_NEWS}lost/{lost}", "true", allow_overwrite=True)
+                self._client.key_value_set(f"{_NEWS}lost/{index}", "true", allow_overwrite=True)
 
     def _guard(self) -> None:
         """Ends this process where process 0 does not answer any more."""

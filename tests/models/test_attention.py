@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlaif_jax.models import attention
 from rlaif_jax.models.attention import Block, attend, choose_implementation
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import make_mesh
@@ -121,7 +122,7 @@ def test_the_fused_kernels_interface_computes_what_the_plain_path_does(monkeypat
 )
 def test_the_path_is_chosen_by_what_the_kernels_can_do(monkeypatch, platform, changes, expected):
     case = {"dtype": "bfloat16", "length": 16, "head_dim": 8, "int8": False, "blocks": 1, "tree": False} | changes
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(attention, "platform", lambda: platform)
     query = jnp.zeros((2, case["length"], 4, case["head_dim"]), case["dtype"])
     key = jnp.zeros((2, case["length"], 2, case["head_dim"]), "int8" if case["int8"] else case["dtype"])
     scale = jnp.ones(key.shape[:3]) if case["int8"] else None
