@@ -33,6 +33,7 @@ def pod(launcher):
     python.write_text(f'#!/bin/sh\n[ "$2" != pip ] || {{ echo "$*" >> ~/pip; exit; }}\nexec {real} "$@"\n')
     python.chmod(0o755)
     (launcher.state / "bin" / "python3.13").symlink_to(sys.executable)
+    (launcher.state / "bin" / "sudo").symlink_to("/bin/false")  # nothing is to be installed here
     launcher.env["STAND_IN_VM"] = str(launcher.state / "vm")
     return launcher
 
