@@ -29,13 +29,17 @@ if [ "${1:-}" = --dry-run ]; then dry_run=true; shift; fi
 verb="${1:-}" name="${2:-}"
 if [[ "$verb" != run && "$verb" != delete ]] || [[ -z "$name" || "$name" = -* ]]; then usage; fi
 shift 2
-common=(--quiet) reach=() create=() nodes=("--node-id=$name")
+common=(--quiet) reach=() create=("--node-id=$name") slices=("$name")
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case "$1" in
     --zone=* | --project=*) common+=("$1") ;;
     --internal-ip | --tunnel-through-iap) reach+=("$1") ;;
     --node-count=1) ;;
-    --node-count=*) nodes=("$1" "--node-prefix=$name") ;;
+    --node-count=*)
+      create[0]="$1"
+      slices=()
+      for ((i = 0; i < ${1#*=}; i++)); do slices+=("$name-$i"); done  # as they are called
+      ;;
     --quiet) ;;
     --*) create+=("$1") ;;
     *) echo "tpu_pod: unexpected argument $1: flags are --NAME=VALUE, the command comes after --" >&2; exit 2 ;;
@@ -55,8 +59,28 @@ run() {
 resources() {
   run gcloud compute tpus queued-resources "$@" "${common[@]}"
 }
-everywhere() {  # $1: a shell command, on all workers of all slices
-  resources ssh "$name" --node=all --worker=all "${reach[@]}" --command="$1"
+# Calls $1 with each slice and $2, all at the same time, for the processes wait for each other. (`queued-resources ssh`,
+# for all slices at once, starts no more than 64.)
+in_all_slices() {
+  local slice calls=() call broken=0
+  for slice in "${slices[@]}"; do
+    if $dry_run; then "$1" "$slice" "${2:-}"; continue; fi
+    "$1" "$slice" "${2:-}" &
+    calls+=($!)
+  done
+  for call in "${calls[@]}"; do
+    wait "$call" || broken=$?
+  done
+  return "$broken"
+}
+copy() {
+  on_workers scp "$folder/rlaif_jax.tar.gz" "$1:rlaif_jax.tar.gz"
+}
+execute() {
+  on_workers ssh "$1" --command="$2"
+}
+on_workers() {
+  run gcloud compute tpus tpu-vm "$@" --worker=all --batch-size=all "${reach[@]}" "${common[@]}"
 }
 # Sets `now` to the resource's state, such as ACTIVE; empty where there is no such resource.
 look() {
@@ -73,14 +97,14 @@ pause() {
 # Returns once the resource is there, asked for anew where it is gone.
 acquire() {
   if $dry_run; then
-    resources create "$name" "${nodes[@]}" "${create[@]}"
+    resources create "$name" "${create[@]}"
     resources describe "$name" --format='value(state.state)'
     return
   fi
   while look; [[ "$now" =~ ^(SUSPENDING|DELETING)$ ]]; do pause; done
   if is_gone; then
     [ -z "$now" ] || resources delete "$name" --force
-    resources create "$name" "${nodes[@]}" "${create[@]}"
+    resources create "$name" "${create[@]}"
   fi
   while look; [ "$now" != ACTIVE ]; do
     if is_gone; then
@@ -99,8 +123,7 @@ for PYTHON in python3.13 python3.12 python3.11; do ! "$PYTHON" -c "" 2>/dev/null
 export PYTHON RLAIF_JAX_ACCELERATOR=tpu
 bash rlaif_jax/launch/install.sh requirements-cloud.txt'
 set_up() {
-  resources scp "$folder/rlaif_jax.tar.gz" "$name:rlaif_jax.tar.gz" --node=all --worker=all "${reach[@]}" &&
-    everywhere "$install"
+  in_all_slices copy && in_all_slices execute "$install"
 }
 
 # Runs the command on all workers; sets `status` to 0, the first error, or 75. gcloud's own status may be that of a
@@ -108,7 +131,7 @@ set_up() {
 run_command() {
   local error
   status=0
-  everywhere "$command" 2>&1 | tee "$folder/output" || status=75
+  in_all_slices execute "$command" 2>&1 | tee "$folder/output" || status=75
   error=$(sed -n 's/.*tpu_worker: process [0-9]* ended with status \([0-9]*\).*/\1/p' "$folder/output" |
     awk '$1 != 0 && $1 != 75 && $1 <= 128 && !found++')
   status=${error:-$status}
@@ -122,7 +145,7 @@ if $dry_run; then
   folder=FOLDER
   acquire
   set_up
-  everywhere "$command"
+  in_all_slices execute "$command"
   exit
 fi
 

@@ -1,7 +1,7 @@
-"""gcloud compute tpus queued-resources create | describe | delete | scp | ssh.
+"""gcloud compute tpus queued-resources create | describe | delete, and gcloud compute tpus tpu-vm scp | ssh.
 
-STAND_IN_STATES names the states that `describe` goes through, for one resource after another that is created. What is
-on a worker lies in a folder of its own: STATE/SLICE-WORKER.
+STAND_IN_STATES names the states that `describe` goes through, for one resource after another that is created; it has
+as many slices, and workers in each, as STAND_IN_SLICES says. What is on a worker lies in STATE/SLICE-WORKER.
 """
 
 import json
@@ -12,8 +12,9 @@ import sys
 from recording import STATE, as_shell, option, record, run_all
 
 arguments = record("gcloud")
-assert arguments[:3] == ["compute", "tpus", "queued-resources"]
-verb, name, rest = arguments[3], arguments[4], arguments[5:]
+assert arguments[:2] == ["compute", "tpus"]
+group, verb, name, rest = arguments[2], arguments[3], arguments[4], arguments[5:]
+assert group == ("tpu-vm" if verb in ("scp", "ssh") else "queued-resources")
 assert option(rest, "zone") and "--quiet" in rest
 file = STATE / "resources.json"
 if file.exists():
@@ -26,9 +27,14 @@ def save():
     file.write_text(json.dumps(states))
 
 
-def workers():
-    slices, count = map(int, os.environ["STAND_IN_SLICES"].split("x"))
-    return [(s, w) for s in range(slices) for w in range(count)]
+slices, workers = map(int, os.environ.get("STAND_IN_SLICES", "1x1").split("x"))
+
+
+def places(node):
+    """The workers of a slice; several are called NAME-0, NAME-1 ... after their resource."""
+    assert {"--worker=all", "--batch-size=all"} <= set(rest), "or some would start when others are done"
+    slice_index = int(node.rpartition("-")[2]) if slices > 1 else 0
+    return [(slice_index, worker) for worker in range(workers)]
 
 
 def home(slice_index, worker):
@@ -38,7 +44,8 @@ def home(slice_index, worker):
 if verb == "create":
     assert not states["now"], "it exists already"
     states["now"] = states["to come"].pop(0)
-    for place in workers():
+    assert (f"--node-count={slices}" if slices > 1 else f"--node-id={name}") in rest
+    for place in [(s, w) for s in range(slices) for w in range(workers)]:
         shutil.rmtree(home(*place), ignore_errors=True)
         shutil.copytree(os.environ["STAND_IN_VM"], home(*place), symlinks=True)
     save()
@@ -55,18 +62,17 @@ elif verb == "delete":
     states["now"] = []
     save()
 elif verb == "scp":
-    source, target = name, rest[0]
-    for place in workers():
-        shutil.copy(source, home(*place) / target.split(":")[1])
+    source, (node, target) = name, rest[0].split(":")
+    for place in places(node):
+        shutil.copy(source, home(*place) / target)
 elif verb == "ssh":
-    assert {"--node=all", "--worker=all"} <= set(rest)
 
     def variables(place):
         own = {"STAND_IN_WORKER": "{}/{}".format(*place), "HOME": str(home(*place))}
         return os.environ | own
 
     command = ["bash", "-c", option(rest, "command")]
-    statuses = run_all([(command, variables(place), home(*place)) for place in workers()])
+    statuses = run_all([(command, variables(place), home(*place)) for place in places(name)])
     sys.exit(next((as_shell(status) for status in statuses if status), 0))
 else:
     sys.exit(f"no such verb: {verb}")
