@@ -94,7 +94,7 @@ def dpo(config, placement):
 
 
 def ppo(config, placement):
-    model, scalar_model, rl = LanguageModel(config), ScalarModel(config), rl_config(batch_size=ROWS)
+    model, scalar_model, rl = LanguageModel(config), ScalarModel(config), rl_config(batch_size=ROWS, minibatches=1)
     policy, value = (
         init_state(each, place_parameters(each, random_params(each), placement), DESCENT, placement)
         for each in (model, scalar_model)
