@@ -45,7 +45,7 @@ _HELP = """  --config.FIELD=VALUE   overrides a field of the config, e.g. --conf
 Exit status 1 if a check fails. Nothing is written."""
 # Of log-probs in nats, and of gradients by their norm: what rounding alone may do.
 _TOLERANCES = {"float32": (1e-4, 1e-4), "bfloat16": (0.25, 0.05), "float16": (0.1, 0.02)}
-_PROMPT, _RESPONSE, _PADDING, _EXAMPLES = 24, 16, 7, 16  # tokens, and rows of SFT
+_PROMPT, _RESPONSE, _PADDING, _EXAMPLES = 24, 16, 8, 16  # tokens, and rows of SFT
 
 
 class Check(NamedTuple):

@@ -12,7 +12,7 @@ from configs import quickstart
 from rlaif_jax.config import Config, RLConfig, parse
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel, unembedding
-from rlaif_jax.parallel.mesh import AxesConfig, make_mesh
+from rlaif_jax.parallel.mesh import AxesConfig, MeshConfig, make_mesh
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.training.optimizer import OptimizerConfig
@@ -119,6 +119,10 @@ class Chip:
 
 def axes(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, replicated=()) -> AxesConfig:
     return AxesConfig(data, fsdp, tensor, sequence, replicated)
+
+
+def mesh_config(slices: int, **sizes) -> MeshConfig:
+    return MeshConfig(**vars(axes(**sizes)), slices=slices, offload=(), judge=axes())
 
 
 def one_device() -> Placement:

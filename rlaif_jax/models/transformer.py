@@ -218,7 +218,9 @@ class Decoder(nn.Module):
         context = _context(segment_ids, positions, ends, prefixes, cache)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
         embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
-        x = constrain(embedding.astype(c.dtype)[tokens], "batch", "length", None, odd=odd)
+        # Whole along the width, or the states of all rows would be looked up on every device, a part of the width each.
+        table = constrain(embedding.astype(c.dtype), "vocab", None, odd=("vocab",))
+        x = constrain(table[tokens], "batch", "length", None, odd=odd)
         layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[c.remat])
         prefixed = tuple(prefix.layers for prefix in prefixes)
         if self.scan_layers:

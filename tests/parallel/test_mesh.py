@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from rlaif_jax.parallel.mesh import MeshConfig, constrain, make_mesh, parameter_shardings, partition_spec, shard_batch
-from tests.helpers import Chip, axes, eight_device_mesh
+from rlaif_jax.parallel.mesh import constrain, make_mesh, parameter_shardings, partition_spec, shard_batch
+from tests.helpers import Chip, axes, eight_device_mesh, mesh_config
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,6 @@ def test_slices_that_do_not_fit_are_an_error():
     chips = [Chip(i, i // 4, "tpu") for i in range(8)]
     with pytest.raises(ValueError, match="slices=1, but the devices are in 2: set slices=2"):
         make_mesh(mesh_config(slices=1, data=2, fsdp=4), chips)
-
-
-def mesh_config(slices, **sizes):
-    return MeshConfig(**vars(axes(**sizes)), slices=slices, offload=(), judge=axes())
 
 
 def test_constrain_without_a_mesh_is_the_identity():
