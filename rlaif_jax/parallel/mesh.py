@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that maps logical axis names to mesh axes."""
+"""The device mesh, and the tables of rules that map logical axis names to mesh axes."""
 
 import dataclasses
 import math
