@@ -154,6 +154,11 @@ def _checkpoints(workdir: Path) -> list[str]:
 
 
 def _arrays(checkpoint: Path):
-    """Parameters, optimizer state and what else there is."""
-    handler = ocp.StandardCheckpointHandler()
-    return {item: handler.restore(epath.Path(checkpoint / item)) for item in ("params", "rest")}
+    """Parameters, optimizer state and what else there is, wherever it was saved."""
+    handler, here = ocp.StandardCheckpointHandler(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def read(path: epath.Path):
+        leaf = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+        return handler.restore(path, args=ocp.args.StandardRestore(jax.tree.map(leaf, handler.metadata(path).tree)))
+
+    return {item: read(epath.Path(checkpoint / item)) for item in ("params", "rest")}
