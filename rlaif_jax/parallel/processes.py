@@ -29,7 +29,7 @@ from rlaif_jax.parallel.watch import Watch
 Value = TypeVar("Value")
 _FLAGS = ("coordinator", "processes", "process")
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_PORT = 8476  # of the coordinator, where the environment names hosts alone
+_PORT = 8476  # of the coordinator, where the environment names hosts alone and no JAX_COORDINATOR_PORT
 _START_SECONDS = 300  # in which all processes must have come
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; the watch ends whoever waits for a process that is gone
 
@@ -60,7 +60,7 @@ def place_from(flags: Mapping[str, str], environment: Mapping[str, str]) -> Plac
             return _place(*values)
     if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
         # The job's number spreads jobs that share a node over ports.
-        port = 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+        port = environment.get("JAX_COORDINATOR_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 4096
         address = f"{_first_host(environment['SLURM_STEP_NODELIST'])}:{port}"
         return _place(address, environment["SLURM_NTASKS"], environment["SLURM_PROCID"])
     if "TPU_WORKER_HOSTNAMES" in environment and "TPU_WORKER_ID" in environment:
@@ -68,7 +68,8 @@ def place_from(flags: Mapping[str, str], environment: Mapping[str, str]) -> Plac
         slices, slice_index = (int(environment.get(f"MEGASCALE_{name}", i)) for name, i in _SLICES)
         first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).split(":")[0]
         index = slice_index * len(hosts) + int(environment["TPU_WORKER_ID"])
-        return _place(f"{first}:{_PORT}", str(slices * len(hosts)), str(index))
+        port = environment.get("JAX_COORDINATOR_PORT") or _PORT
+        return _place(f"{first}:{port}", str(slices * len(hosts)), str(index))
     return None
 
 

@@ -33,6 +33,7 @@ PORT = 61440 + 70123 % 4096
         ({}, SLURM | {"SLURM_STEP_NODELIST": "gpu-[7,9]"}, Place(f"gpu-7:{PORT}", 4, 2)),
         ({}, SLURM | {"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         ({}, TPU, Place("w-0.pod:8476", 2, 1)),
+        ({}, {**TPU, "JAX_COORDINATOR_PORT": "99"}, Place("w-0.pod:99", 2, 1)),
         ({}, {**TPU, **SLICES}, Place("first.pod:8476", 6, 5)),
         ({}, {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
     ],
