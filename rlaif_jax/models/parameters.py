@@ -69,7 +69,7 @@ def move_parameters(model: nn.Module, parameters, placement: Placement):
     return jax.tree.map(lambda x, to: jax.device_put(processes.to_host(x), to), parameters, placement.parameters(model))
 
 
-def to_host(tree):
+def to_host_memory(tree):
     """A tree of arrays in the memory of the hosts, each part where its device can get at it: between uses."""
     return _in_memory(tree, _HOST)
 

@@ -26,7 +26,7 @@ from rlaif_jax.evaluation.names import stage_and_iteration
 from rlaif_jax.files import read_json, read_parquet, there
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
-from rlaif_jax.models.parameters import Placement, abstract_parameters, check_host_memory, to_host
+from rlaif_jax.models.parameters import Placement, abstract_parameters, check_host_memory, to_host_memory
 from rlaif_jax.models.shapes import model_config
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
 from rlaif_jax.parallel import processes
@@ -66,7 +66,7 @@ class Run:
 
     def waiting(self, role: str, tree):
         """The parameters of a role as they wait between uses, before each of which `to_device` is called."""
-        return to_host(tree) if role in self.config.mesh.offload else tree
+        return to_host_memory(tree) if role in self.config.mesh.offload else tree
 
     def record(self, stage: str) -> epath.Path:
         """The file that says under which config a stage was begun, and whether it is done."""

@@ -9,7 +9,7 @@ from rlaif_jax.models.parameters import (
     move_parameters,
     place_parameters,
     to_device,
-    to_host,
+    to_host_memory,
 )
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import make_mesh
@@ -24,11 +24,11 @@ def same(a, b):
 
 def test_parameters_go_to_host_memory_and_back_as_they_were_split():
     placed = place_parameters(MODEL, random_params(MODEL), eight_devices())
-    waiting = to_host(placed)
+    waiting = to_host_memory(placed)
     back = to_device(waiting)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(waiting)} == {"pinned_host"}
     assert jax.tree.map(lambda x: x.sharding, back) == jax.tree.map(lambda x: x.sharding, placed)
-    assert same(placed, back) and to_host(None) is None
+    assert same(placed, back) and to_host_memory(None) is None
     assert all(x is y for x, y in zip(*map(jax.tree.leaves, (back, to_device(back))), strict=True))  # no copy
 
 
