@@ -19,6 +19,7 @@ from rich.table import Table
 from rlaif_jax.commands import parse_flags, run_command
 from rlaif_jax.config import RLConfig, parse
 from rlaif_jax.data.packing import lay_out, pack
+from rlaif_jax.errors import UserError
 from rlaif_jax.losses.advantages import gae
 from rlaif_jax.models.parameters import (
     Placement,
@@ -27,6 +28,7 @@ from rlaif_jax.models.parameters import (
     init_parameters,
     place_parameters,
 )
+from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import AxesConfig, batch_ways, make_mesh, shard_batch
 from rlaif_jax.sampling.generate import generate
 from rlaif_jax.sampling.stopping import Stopping
@@ -69,6 +71,8 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     options = parse_flags(argv, _USAGE, flags.FlagValues(), default_config="configs/quickstart.py")
+    if processes.count() > 1:
+        raise UserError("rlaif_jax.check is for one process: give it as many devices as the mesh wants")
     run = open_run(with_seed(parse(options.config.to_dict()), None), epath.Path("."))
     with jax.set_mesh(run.placement.mesh):
         checks = list(run_checks(run))

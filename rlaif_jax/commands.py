@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from rlaif_jax.errors import AGAIN, Stopped, UserError
+from rlaif_jax.errors import AGAIN, NotYet, Stopped, UserError
 from rlaif_jax.parallel import processes
 
 
@@ -28,11 +28,11 @@ def run_command(argv: list[str], help_text: str, body: Callable[[list[str]], int
             return 0
         argv, flags_of_processes = processes.take_flags(argv)
         processes.start(processes.place_from(flags_of_processes, os.environ))
-        with processes.heeding_sigterm(), _ending_together():
+        with _ending_together():
             return body(argv)
     except UserError as error:
         print(f"rlaif_jax: {error}", file=sys.stderr)
-        return 2
+        return _status(error)
     except Stopped:
         if processes.first():
             print(f"rlaif_jax: SIGTERM to {processes.who_was_stopped()}: all is saved; the same command goes on from "
@@ -54,11 +54,16 @@ def _ending_together() -> Iterator[None]:
         if processes.count() == 1:
             raise
         if isinstance(error, UserError):
-            processes.fail(2, str(error))
+            processes.fail(_status(error), str(error))
         if isinstance(error, KeyboardInterrupt):
             processes.fail(130, "interrupted; the same command goes on from here")
-        # As a rule a collective has failed, for a process is gone: JAX raises that in several ways.
-        processes.fail(1, "".join(traceback.format_exception(error)), wait=True)
+        # Where a collective fails, a process is gone as a rule. JAX raises that as errors of several classes.
+        broken = re.match(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b", str(error))
+        processes.fail(1, "".join(traceback.format_exception(error)), wait=bool(broken))
+
+
+def _status(error: UserError) -> int:
+    return AGAIN if isinstance(error, NotYet) else 2
 
 
 def keep_compiled_programs() -> None:

@@ -12,6 +12,10 @@ class UserError(Exception):
     """Bad usage or bad input. The message names the thing and the remedy, on one line."""
 
 
+class NotYet(UserError):
+    """What another try may mend: the exit status is AGAIN."""
+
+
 class Stopped(BaseException):
     """SIGTERM was sent, and everything is saved. Like KeyboardInterrupt nothing that goes wrong, so none to catch."""
 

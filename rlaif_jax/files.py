@@ -1,7 +1,7 @@
 """Atomic files: a reader sees the old content or the new, never a part. And their checksums.
 
-Of several processes, which share a disk or bucket, all call `write_text` and its kin, the first one writes, and all
-go on once the file is there.
+Of several processes, which share a disk or bucket, all call `write_text`, `write_json` and `write_parquet`, the first
+one writes, and all go on once the file is there. `write_alone` and `write_checked_parquet` are for one by itself.
 """
 
 import contextlib
@@ -40,38 +40,30 @@ def replacing(path: epath.Path) -> Iterator[epath.Path]:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from error
 
 
-@contextlib.contextmanager
-def _by_the_first() -> Iterator[bool]:
-    """Whether this process is to write; all go on when that is done."""
-    yield processes.first()
-    processes.barrier()
-
-
 def there(path: epath.Path) -> bool:
     """Whether a file is there, as the first process sees it: all do the same about it."""
-    return processes.agree(path.exists())
+    return processes.agree(path.exists)
 
 
 def remove_leftovers(folder: epath.Path) -> None:
     """Deletes what a killed process was writing in `folder` and the folders in it, where nobody else is writing."""
-    with _by_the_first() as mine:
-        for pattern in ("*.tmp", "*/*.tmp") if mine else ():
+
+    def remove() -> None:
+        for pattern in ("*.tmp", "*/*.tmp"):
             for path in folder.glob(pattern):
                 path.unlink()
+
+    processes.agree(remove)
 
 
 def remove_folder(folder: epath.Path) -> None:
     """Deletes a folder, if it is there."""
-    with _by_the_first() as mine:
-        if mine:
-            folder.rmtree(missing_ok=True)
+    processes.agree(lambda: folder.rmtree(missing_ok=True))
 
 
 def write_text(path: epath.Path, text: str) -> None:
     """Replaces a text file in one step."""
-    with _by_the_first() as mine:
-        if mine:
-            write_alone(path, text)
+    processes.agree(lambda: write_alone(path, text))
 
 
 def write_alone(path: epath.Path, text: str) -> None:
@@ -87,17 +79,16 @@ def write_json(path: epath.Path, value) -> None:
 
 def write_parquet(path: epath.Path, table: pa.Table) -> None:
     """Replaces a Parquet file in one step."""
-    with _by_the_first() as mine:
-        if mine:
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                pq.write_table(table, file)
+
+    def write() -> None:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            pq.write_table(table, file)
+
+    processes.agree(write)
 
 
 def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epath.Path:
-    """Writes `folder`/`stem`.HASH.parquet, HASH being the xxh3 of its bytes: file and checksum appear in one step.
-
-    Whichever process calls it writes.
-    """
+    """Writes `folder`/`stem`.HASH.parquet, HASH being the xxh3 of its bytes: file and checksum appear in one step."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     data = sink.getvalue().to_pybytes()
@@ -107,12 +98,19 @@ def write_checked_parquet(folder: epath.Path, stem: str, table: pa.Table) -> epa
     return path
 
 
-def read_shards(folder: epath.Path, remedy: str, window: int = 8) -> Iterator[tuple[epath.Path, pa.Table]]:
-    """What `write_checked_parquet` wrote into `folder`, in the order of their names, `window` read at a time.
+def shard_names(folder: epath.Path) -> list[str]:
+    """The names of what `write_checked_parquet` wrote into `folder`, in order."""
+    return sorted(path.name for path in folder.glob("*.*.parquet"))
+
+
+def read_shards(
+    folder: epath.Path, remedy: str, names: Sequence[str] | None = None, window: int = 8
+) -> Iterator[tuple[epath.Path, pa.Table]]:
+    """The shards of these names in `folder`, by default all, in this order, `window` read at a time.
 
     Raises UserError where the bytes of one are not those that were written. `remedy`: what deleting it leads to.
     """
-    paths = sorted(folder.glob("*.*.parquet"))
+    paths = [folder / name for name in (shard_names(folder) if names is None else names)]
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), window):
             some = paths[start : start + window]

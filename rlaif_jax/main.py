@@ -68,7 +68,7 @@ def _main(argv: list[str]) -> int:
             raise UserError(f"--worker is for one stage alone: --stages={' or '.join(labelling) or 'label'}")
         run = dataclasses.replace(run, worker=_worker(options.worker))
     stages = plan(run, list(every) if options.stages is None else options.stages)
-    with room_in(run.workdir), jax.set_mesh(run.placement.mesh):
+    with room_in(run.workdir), jax.set_mesh(run.placement.mesh), processes.heeding_sigterm():
         if run.worker.count == 1:
             remove_leftovers(run.workdir)
         write_json(run.workdir / "config.json", run_record(run.config))
@@ -133,7 +133,7 @@ def _replayed(run: Run, text: str) -> tuple[Callable[[], Judge], epath.Path, str
 def _rows(text: str, count: int) -> list[int]:
     """The rows that --replay asks for. Raises UserError where there are no such rows."""
     if drawn := re.fullmatch(r"any:(\d+)", text):
-        return sorted(random.sample(range(count), min(int(drawn[1]), count)))
+        return processes.agree(lambda: sorted(random.sample(range(count), min(int(drawn[1]), count))))
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise UserError(f"--replay={text} must be row numbers with commas between them, or any:N")
     rows = [int(row) for row in text.split(",")]

@@ -12,6 +12,8 @@ from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.evaluation.names import by_role
 from rlaif_jax.evaluation.sweep_table import Values, markdown, to_csv
 from rlaif_jax.files import write_json, write_text
+from rlaif_jax.parallel import processes
+from rlaif_jax.progress import warn
 from rlaif_jax.stages.cells import Cell, SweepConfig, make_cells, run_cells
 from rlaif_jax.stages.folders import read_results
 from rlaif_jax.stages.run import run_record
@@ -33,7 +35,7 @@ def _main(argv: list[str]) -> int:
     sweep, root = parse(options.config.to_dict(), SweepConfig), open_folder(options.workdir)
     cells = make_cells(sweep, root)
     write_json(root / "sweep.json", run_record(sweep))
-    with room_in(root):
+    with room_in(root), processes.heeding_sigterm():
         outcome = run_cells(cells, root)
     done = [cell for cell in cells if cell.path not in outcome.errors]
     figures = {name: _values(name, list(sweep.arms), done) for name in sweep.figures}
@@ -46,7 +48,7 @@ def _main(argv: list[str]) -> int:
     print(f"\n{table}\n{root / 'table.md'}, {root / 'table.csv'}")
     print(f"{len(cells)} cells, {len(done)} done: {outcome.executed} stages run, {outcome.reused} reused", flush=True)
     for path, error in outcome.errors.items():
-        print(f"rlaif_jax: failed: {root / path}: {error}", file=sys.stderr)
+        warn(f"failed: {root / path}: {error}")
     return 1 if outcome.errors else 0
 
 

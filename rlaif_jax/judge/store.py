@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from rlaif_jax.errors import Stopped, UserError
-from rlaif_jax.files import read_shard, read_shards, replacing, write_checked_parquet, write_json
+from rlaif_jax.files import read_shard, read_shards, replacing, shard_names, write_checked_parquet, write_json
 from rlaif_jax.judge.prompts import Pair, text_hash
 from rlaif_jax.judge.score import Judge, Judgement, Plan, judge_pairs, pair_hashes, plan_judging
 from rlaif_jax.judge.verdict import Verdict
@@ -82,35 +82,57 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
     """
     if processes.count() > 1:
         worker = Worker(processes.index(), processes.count())
-    stopped = _judge_shards(judge, pairs, folder, description, worker)
-    if any(processes.gather(stopped)):
+    own = _judge_shards(judge, pairs, folder, description, worker)
+    every = processes.gather(own._asdict())
+    if any(each["stopped"] for each in every):
         raise Stopped
-    shards = range(-(-len(pairs) // judge.config.shard_size))
-    there = {_number(path) for path in (folder / "shards").glob("[0-9]*.*.parquet")}  # other workers' among them
-    if not processes.agree(there.issuperset(shards)):
+    written = {name for each in every for name in each["names"]}  # which a listing may not show yet
+    done = processes.agree(lambda: _finish(judge, len(pairs), folder, written))
+    if done is None:
         return False
-    statuses, names = processes.agree(_assemble(folder) if processes.first() else None)
-    write_json(folder / "manifest.json", _manifest(judge, statuses, names))
-    check_failures(statuses, judge.config.max_failure_rate, folder)
+    check_failures(done, judge.config.max_failure_rate, folder)
     return True
 
 
-def _judge_shards(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: str, worker: Worker) -> bool:
-    """Judges the shards of one worker that are missing; returns whether SIGTERM has kept it from some of them."""
+class _Judged(NamedTuple):
+    """What a worker has done of a job."""
+
+    names: list[str]  # of the shards that it has written
+    stopped: bool  # SIGTERM has kept it from some of them
+
+
+def _finish(judge: Judge, pairs: int, folder: epath.Path, written: Collection[str]) -> dict[str, int] | None:
+    """Writes table and manifest where all shards are there; returns the rows by status. None while other workers' are
+    missing.
+
+    written: shards that are surely there.
+    """
+    names = sorted({*shard_names(folder / "shards"), *written})
+    numbers = {_number(name) for name in names if not _is_retry(name)}
+    if not numbers.issuperset(range(-(-pairs // judge.config.shard_size))):
+        return None
+    statuses, used = _assemble(folder, names)
+    write_json(folder / "manifest.json", _manifest(judge, statuses, used))
+    return dict(statuses)
+
+
+def _judge_shards(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: str, worker: Worker) -> _Judged:
+    """Judges the shards of one worker that are missing."""
     size, shards = judge.config.shard_size, folder / "shards"
     batches = [range(start, min(start + size, len(pairs))) for start in range(0, len(pairs), size)]
-    known, done, failed = Known(judge), set(), set()
-    for path, table in read_shards(shards, _REMEDY):
+    known, done, failed, names = Known(judge), set(), set(), []
+    for path, table in read_shards(shards, _REMEDY, processes.agree(lambda: shard_names(shards))):
         _check_judge(judge, path, table)
-        _check_pairs(pairs, path, table, None if _is_retry(path) else batches[_number(path) : _number(path) + 1])
+        retry, number = _is_retry(path.name), None if _is_retry(path.name) else _number(path.name)
+        _check_pairs(pairs, path, table, None if retry else batches[number : number + 1])
         known.add(path, table)
-        if _is_retry(path):
+        if retry:
             failed -= set(table["row"].to_pylist())
         else:
-            done.add(_number(path))
+            done.add(number)
             failed |= set(_failures(table))
     if again := sorted(row for row in failed if row // size % worker.count == worker.index):
-        _retry(judge, pairs, again, shards)
+        names += _retry(judge, pairs, again, shards)
     mine = [i for i in range(len(batches)) if i not in done and i % worker.count == worker.index]
     if mine:
         plan = plan_judging(judge, pairs)
@@ -119,11 +141,13 @@ def _judge_shards(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, descr
             for i in mine:
                 began = time.perf_counter()
                 table = _judge(judge, pairs, batches[i], plan, known, bar.update)
-                known.add(write_checked_parquet(shards, f"{i:05d}", table), table)
-                _note_time(folder, i, table, time.perf_counter() - began)
+                path = write_checked_parquet(shards, f"{i:05d}", table)
+                names.append(path.name)
+                known.add(path, table)
+                _note_time(folder, worker, i, table, time.perf_counter() - began)
                 if processes.stop_wanted():
-                    return True
-    return False
+                    return _Judged(names, stopped=True)
+    return _Judged(names, stopped=False)
 
 
 class Known:
@@ -206,18 +230,23 @@ def _alone(judge: Judge, pairs, rows: Sequence[int]) -> dict[int, dict]:
     return {row["row"]: row for row in judged if row["status"] == "ok"}
 
 
-def _retry(judge: Judge, pairs, rows: Sequence[int], shards: epath.Path) -> None:
-    """Another try at rows that an earlier run could not score; what is scored now is committed beside them."""
-    if mended := _alone(judge, pairs, rows):
-        write_checked_parquet(shards, f"retry-{time.time_ns()}-{rows[0]}", _table(list(mended.values())))
+def _retry(judge: Judge, pairs, rows: Sequence[int], shards: epath.Path) -> list[str]:
+    """Another try at rows that an earlier run could not score; what is scored now is committed beside them.
+
+    Returns the name of that shard, if there is one.
+    """
+    if not (mended := _alone(judge, pairs, rows)):
+        return []
+    stem = f"retry-{time.time_ns()}-{rows[0]}"
+    return [write_checked_parquet(shards, stem, _table(list(mended.values()))).name]
 
 
-def _is_retry(path: epath.Path) -> bool:
-    return path.name.startswith("retry")
+def _is_retry(name: str) -> bool:
+    return name.startswith("retry")
 
 
-def _number(path: epath.Path) -> int:
-    return int(path.name.split(".")[0])
+def _number(name: str) -> int:
+    return int(name.split(".")[0])
 
 
 def _check_pairs(pairs, shard: epath.Path, table: pa.Table, batch: list[range] | None) -> None:
@@ -229,25 +258,22 @@ def _check_pairs(pairs, shard: epath.Path, table: pa.Table, batch: list[range] |
         raise UserError(f"{shard} holds labels of other pairs: use another folder, or delete {shard.parent}")
 
 
-def _assemble(folder: epath.Path) -> tuple[collections.Counter, list[str]]:
-    """Writes the table from the shards, one at a time. Returns the rows by status, and the names of the shards."""
-    shards, statuses, names = folder / "shards", collections.Counter(), []
+def _assemble(folder: epath.Path, names: Sequence[str]) -> tuple[collections.Counter, list[str]]:
+    """Writes the table from the shards, one at a time. Returns the rows by status, and the names of the shards used."""
+    shards, statuses, used = folder / "shards", collections.Counter(), [name for name in names if _is_retry(name)]
     retried = {}
-    for path in sorted(shards.glob("retry-*.parquet")):
-        retried |= {row["row"]: row for row in read_shard(path, _REMEDY).to_pylist()}
-        names.append(path.name)
+    for name in used:
+        retried |= {row["row"]: row for row in read_shard(shards / name, _REMEDY).to_pylist()}
+    # Two workers may have judged the same; retries come after all shards.
+    first = {_number(name): name for name in reversed(names) if not _is_retry(name)}
     with _parquet(folder / "preferences.parquet") as writer:
-        written = set()
-        for path, table in read_shards(shards, _REMEDY):
-            if _is_retry(path) or _number(path) in written:  # two workers may have judged the same
-                continue
-            written.add(_number(path))
+        for path, table in read_shards(shards, _REMEDY, [first[number] for number in sorted(first)]):
             if retried and any(row in retried for row in table["row"].to_pylist()):
                 table = _table([retried.get(row["row"], row) for row in table.to_pylist()])
             writer.write_table(table)
             statuses.update(table["status"].to_pylist())
-            names.append(path.name)
-    return statuses, sorted(names)
+            used.append(path.name)
+    return statuses, sorted(used)
 
 
 def _manifest(judge: Judge, statuses: Mapping[str, int], names: list[str]) -> dict:
@@ -284,10 +310,11 @@ def _failures(table: pa.Table) -> list[int]:
     return [row for row, status in statuses if status in _RETRIED]
 
 
-def _note_time(folder: epath.Path, shard: int, table: pa.Table, seconds: float) -> None:
+def _note_time(folder: epath.Path, worker: Worker, shard: int, table: pa.Table, seconds: float) -> None:
     tokens = sum(sum(table[name].to_pylist()) for name in ("tokens_forward", "tokens_reversed"))
     line = {"shard": shard, "pairs": table.num_rows, "prompt_tokens": tokens, "seconds": round(seconds, 3)}
-    with (folder / "timing.jsonl").open("a") as file:
+    own = f"timing.{worker.index}.jsonl" if worker.index else "timing.jsonl"  # what two append to may lose lines
+    with (folder / own).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import xxhash
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -60,13 +61,26 @@ def place_parameters(model: nn.Module, parameters, placement: Placement):
 
 
 def move_parameters(model: nn.Module, parameters, placement: Placement):
-    """Parameters of a model that lie on another mesh, on this one, leaf by leaf.
+    """Parameters of a model that lie on another mesh, on this one, leaf by leaf, matrices in the model's dtype.
 
     This mesh is of the same devices, or of those of one process among several.
     """
+    half = _matrices_in(parameters, model.config.dtype)
     if processes.count() == 1:
-        return jax.device_put(parameters, placement.parameters(model))
-    return jax.tree.map(lambda x, to: jax.device_put(processes.to_host(x), to), parameters, placement.parameters(model))
+        return jax.device_put(half, placement.parameters(model))
+    return jax.tree.map(lambda x, to: jax.device_put(_whole(x), to), half, placement.parameters(model))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _matrices_in(parameters, dtype: str):
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, parameters)
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    """An array on the host, whichever processes hold its parts: layer by layer, for no device has room for all."""
+    if x.ndim < 3 or x.is_fully_addressable:
+        return processes.to_host(x)
+    return np.stack([processes.to_host(layer) for layer in x])
 
 
 def to_host_memory(tree):
@@ -97,7 +111,7 @@ def parameters_hash(parameters) -> str:
     digest = xxhash.xxh3_64()
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(processes.to_host(leaf).tobytes())
+        digest.update(_whole(leaf).tobytes())
     return digest.hexdigest()
 
 

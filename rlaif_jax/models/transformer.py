@@ -159,6 +159,8 @@ def _keep_products(primitive, *operands, **parameters) -> bool:
 
 
 def _offload_products(primitive, *operands, **parameters):
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True  # what cuDNN's kernel gives has no name to be moved by
     policy = _ATTENDED_TO_HOST if primitive.name == "name" else _DOTS_TO_HOST
     return policy(primitive, *operands, **parameters)
 

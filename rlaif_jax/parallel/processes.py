@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ import numpy as np
 from jax._src import distributed as _jax_distributed
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlaif_jax.errors import Stopped, UserError
-from rlaif_jax.parallel.watch import Watch
+from rlaif_jax.errors import NotYet, Stopped, UserError
+from rlaif_jax.parallel.watch import Watch, explain_abort, wait_for_service
 
 Value = TypeVar("Value")
 _FLAGS = ("coordinator", "processes", "process")
@@ -59,21 +60,21 @@ def place_from(flags: Mapping[str, str], environment: Mapping[str, str]) -> Plac
                 raise UserError(f"{' and '.join(missing)} missing: {', '.join(names)} are given together")
             return _place(*values)
     if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
-        # The job's number spreads jobs that share a node over ports.
-        port = environment.get("JAX_COORDINATOR_PORT") or 61440 + int(environment["SLURM_JOB_ID"]) % 4096
+        job, step = (int(environment.get(f"SLURM_{name}_ID", 0)) for name in ("JOB", "STEP"))
+        # Jobs that share a node, and steps of one job, are spread over ports.
+        port = environment.get("JAX_COORDINATOR_PORT") or 61440 + (job + 97 * step) % 4096
         address = f"{_first_host(environment['SLURM_STEP_NODELIST'])}:{port}"
-        return _place(address, environment["SLURM_NTASKS"], environment["SLURM_PROCID"])
+        tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "")
+        return _place(address, tasks, environment["SLURM_PROCID"])
     if "TPU_WORKER_HOSTNAMES" in environment and "TPU_WORKER_ID" in environment:
         hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
-        slices, slice_index = (int(environment.get(f"MEGASCALE_{name}", i)) for name, i in _SLICES)
+        slices = int(environment.get("MEGASCALE_NUM_SLICES", 1))
+        number = int(environment.get("MEGASCALE_SLICE_ID", 0))
         first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", hosts[0]).split(":")[0]
-        index = slice_index * len(hosts) + int(environment["TPU_WORKER_ID"])
         port = environment.get("JAX_COORDINATOR_PORT") or _PORT
+        index = number * len(hosts) + int(environment["TPU_WORKER_ID"])
         return _place(f"{first}:{port}", str(slices * len(hosts)), str(index))
     return None
-
-
-_SLICES = (("NUM_SLICES", 1), ("SLICE_ID", 0))
 
 
 def _place(coordinator: str, count: str, index: str) -> Place | None:
@@ -87,9 +88,9 @@ def _place(coordinator: str, count: str, index: str) -> Place | None:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of Slurm's list, such as node[003-007,12],other."""
-    name, bracket, rest = re.fullmatch(r"([^,\[]*)(\[?)(.*)", nodes).groups()
-    return name + re.match(r"\d*", rest)[0] if bracket else name
+    """The first of Slurm's list, such as rack[0-1]node[003-007,12],other."""
+    name = re.match(r"([^,\[]|\[[^\]]*\])*", nodes)[0]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", name)
 
 
 def take_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -105,10 +106,11 @@ def take_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 _watch: Watch | None = None
+_thread = threading.local()  # its `alone`: this is work that the first process does for all, as one alone
 
 
 def start(place: Place | None) -> None:
-    """Joins the other processes; before anything that asks for devices. Raises UserError where they do not come.
+    """Joins the other processes; before anything that asks for devices. Raises NotYet where process 0 does not come.
 
     Of process 0 alone stdout is shown.
     """
@@ -116,16 +118,14 @@ def start(place: Place | None) -> None:
     if place is None:
         return
     jax.config.update("jax_enable_preemption_service", False)  # `stop_point` is told of SIGTERM by the watch
-    try:
-        jax.distributed.initialize(
-            place.coordinator, place.count, place.index,
-            cluster_detection_method="deactivate", initialization_timeout=_START_SECONDS,
-        )  # fmt: skip
-    except Exception as error:
-        raise UserError(
-            f"process {place.index} of {place.count} found no others at {place.coordinator} in {_START_SECONDS} s "
-            f"({str(error).splitlines()[0]}): see whether process 0 runs there and may be reached"
-        ) from error
+    who = f"process {place.index} of {place.count}"
+    if place.index and not wait_for_service(place.coordinator, _START_SECONDS):  # JAX would abort
+        raise NotYet(f"{who} finds no process 0 at {place.coordinator} in {_START_SECONDS} s: see whether it runs")
+    explain_abort(lambda: f"{who} has not met all others at {place.coordinator} in {_START_SECONDS} s")
+    jax.distributed.initialize(
+        place.coordinator, place.count, place.index,
+        cluster_detection_method="deactivate", initialization_timeout=_START_SECONDS,
+    )  # fmt: skip
     _watch = Watch(_client(), place.coordinator, place.index, place.count)
     _watch.begin()
     if place.index:
@@ -137,14 +137,19 @@ def _client():
     return _jax_distributed.global_state.client
 
 
+def _others() -> Watch | None:
+    """The watch over the processes, where there are others to do this with."""
+    return None if getattr(_thread, "alone", False) else _watch
+
+
 def count() -> int:
     """How many processes there are."""
-    return _watch.count if _watch else 1
+    return _others().count if _others() else 1
 
 
 def index() -> int:
     """Which one this is, from 0 on."""
-    return _watch.index if _watch else 0
+    return _others().index if _others() else 0
 
 
 def first() -> bool:
@@ -162,26 +167,47 @@ def _next(kind: str) -> str:
 
 def barrier(name: str = "") -> None:
     """Returns once all processes have come here. name: one of a kind, where it is not the main thread that comes."""
-    if _watch:
+    if _others():
         _client().wait_at_barrier(name or _next("barrier"), _FOREVER)
 
 
-def agree(value: Value, name: str = "") -> Value:
-    """Process 0's value, in all processes: what depends on a file or on the clock is one's to say.
+def agree(work: Callable[[], Value], name: str = "") -> Value:
+    """What `work()` returns in the first process, which alone does it, in all of them: what depends on a file or on the
+    clock is one's to say. A UserError is raised in all, too.
 
-    value: what JSON can hold, lists for tuples. name: as for `barrier`.
+    work: gives what JSON can hold, lists for tuples; whatever it calls takes the process for one alone. name: as for
+    `barrier`.
     """
-    if not _watch:
-        return value
+    if not _others():
+        return work()
     key = name or _next("agree")
     if first():
-        _client().key_value_set(key, json.dumps(value))
-    return json.loads(_client().blocking_key_value_get(key, _FOREVER))
+        _thread.alone = True
+        try:
+            outcome = _outcome(work)
+        finally:
+            _thread.alone = False
+        _client().key_value_set(key, json.dumps(outcome))
+    told = _client().blocking_key_value_get(key, _FOREVER)
+    barrier(f"{key}/read")
+    if first():
+        _client().key_value_delete(key)
+    return _result(json.loads(told))
+
+
+def by_first(work: Callable[[], Value]) -> Value | None:
+    """`work()` in the first process, which returns what it gives; the others wait, and return None.
+
+    A UserError is raised in all.
+    """
+    found = []
+    agree(lambda: found.append(work()))
+    return found[0] if found else None
 
 
 def gather(value: Value, name: str = "") -> list[Value]:
     """The values of all processes, in their order. value and name: as for `agree`."""
-    if not _watch:
+    if not _others():
         return [value]
     key, client = name or _next("gather"), _client()
     client.key_value_set(f"{key}/{index()}", json.dumps(value))
@@ -197,17 +223,31 @@ def parted(items: Sequence, work: Callable[..., Sequence], *others: Sequence) ->
     """`work(items, *others)`, one result an item, each process on its own run of items; all get all results.
 
     work: for programs on the devices of one process; its results are what JSON can hold. others: sequences beside
-    `items`, cut alike.
+    `items`, cut alike. A UserError of one process is raised in all.
     """
     bounds = np.linspace(0, len(items), count() + 1).astype(int)
     mine = slice(bounds[index()], bounds[index() + 1])
-    results = list(work(*(each[mine] for each in (items, *others)))) if mine.start < mine.stop else []
-    return [result for part in gather(results) for result in part]
+    part = _outcome(lambda: list(work(*(each[mine] for each in (items, *others)))) if mine.start < mine.stop else [])
+    return [result for other in map(_result, gather(part)) for result in other]
+
+
+def _outcome(work: Callable[[], Value]) -> dict:
+    """What `work()` gives, or the UserError that it raises, for others to be told."""
+    try:
+        return {"value": work()}
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def _result(outcome: dict):
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["value"]
 
 
 def to_host(tree) -> Any:
     """A tree of arrays as NumPy arrays, whole, whichever processes hold their parts."""
-    if _watch is None:
+    if not _others():
         return jax.device_get(tree)
     spread = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not x.is_fully_addressable]
     parts = [x for x in spread if not x.is_fully_replicated]
@@ -225,7 +265,9 @@ def _same(x):
 
 
 def _local(x):
-    return np.asarray(x.addressable_data(0)) if isinstance(x, jax.Array) else x
+    """An array of which this process holds all, or all that there is to hold."""
+    whole_here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    return jax.device_get(x) if whole_here else np.asarray(x.addressable_data(0))
 
 
 def put(x, sharding: NamedSharding) -> jax.Array:
@@ -233,7 +275,7 @@ def put(x, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
 _terminated = threading.Event()
@@ -241,23 +283,36 @@ _terminated = threading.Event()
 
 @contextlib.contextmanager
 def heeding_sigterm() -> Iterator[None]:
-    """SIGTERM is heeded at the next `stop_point`, once; a second one kills as ever."""
+    """SIGTERM is heeded at the next `stop_point`, once; a second one kills as ever.
+
+    It is heard by a thread: Python's handlers wait for the main thread, which may wait for other processes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def heed(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _terminated.set()
-        if _watch:
-            _watch.ask_to_stop()
-
-    before = signal.signal(signal.SIGTERM, heed)
+    hearing, told = socket.socketpair()
+    told.setblocking(False)
+    handler = signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=_hear_sigterm, args=(hearing,), daemon=True)
+    listener.start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        told.close()
+        listener.join()
+        hearing.close()
         _terminated.clear()
+
+
+def _hear_sigterm(hearing: socket.socket) -> None:
+    while number := hearing.recv(1):
+        if number[0] == signal.SIGTERM:
+            _terminated.set()
+            if _watch:
+                _watch.ask_to_stop()
 
 
 def stop_point() -> bool:

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import json
 import re
-import sys
 import traceback
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from rlaif_jax.config import Config, override
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import read_json, write_json
 from rlaif_jax.parallel import processes
+from rlaif_jax.progress import warn
 from rlaif_jax.stages.folders import all_stages
 from rlaif_jax.stages.pipeline import check_verifiers, is_done, run_stages, stage_inputs
 from rlaif_jax.stages.reward_model import check_labels_by_principle
@@ -135,7 +135,7 @@ def run_cells(cells: Sequence[Cell], root: epath.Path) -> Outcome:
         _write(cell, root, "failed" if failure else "done", failure)
         if failure:
             outcome.errors[cell.path] = failure.error
-            print(f"cell {cell.name} failed: {failure.error}", file=sys.stderr, flush=True)
+            warn(f"cell {cell.name} failed: {failure.error}")
     return outcome
 
 
@@ -164,7 +164,8 @@ def _run_cell(cell: Cell, outcome: Outcome, broken: dict[epath.Path, Failure]) -
 def _begin(cell: Cell, root: epath.Path) -> None:
     """Writes what the cell is; a status that an earlier call gave to the same stages stands until it runs again."""
     record = cell.run.workdir / "cell.json"
-    if not record.exists() or read_json(record)["stages"] != _stages(cell, root):
+    begun = processes.agree(lambda: record.exists() and read_json(record)["stages"] == _stages(cell, root))
+    if not begun:
         _write(cell, root, "pending")
     write_json(cell.run.workdir / "config.json", run_record(cell.run.config))
 

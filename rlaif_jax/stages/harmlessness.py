@@ -70,7 +70,7 @@ def harmlessness(
 def _revisions(run: Run) -> dict[str, _Texts]:
     """The first replies that the stage critique has revised, and what they are after each round."""
     file, limit = run.folder("critique") / "revisions.parquet", run.config.evaluation.rated_revisions
-    if not limit or not file.exists():
+    if not limit or not there(file):
         return {}
     rows = read_parquet(file).slice(0, limit).to_pylist()
     every = dict.fromkeys(_KINDS, np.ones(len(rows), bool))

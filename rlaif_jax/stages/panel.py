@@ -1,6 +1,7 @@
 """Who labels: one judge, or a panel of them, whose labels are kept member by member and combined into one file."""
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +17,8 @@ from rlaif_jax.judge.constitution import Principle
 from rlaif_jax.judge.prompts import Pair, text_hash
 from rlaif_jax.judge.score import POLICY, Judge, JudgeModel, load_judge, make_judge
 from rlaif_jax.models.parameters import move_parameters, parameters_hash
+from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel import processes
 from rlaif_jax.stages.folders import name_in_round
 from rlaif_jax.stages.joined import joined, numbers
 from rlaif_jax.stages.principles import Labeller, by_principles
@@ -38,9 +41,11 @@ def member(run: Run, name: str) -> Judge:
         if config.weights != POLICY:
             return load_judge(config, run.config.seed, run.judge_placement)
         begun, stage = run.start()
-        params = move_parameters(run.language_model(), run.start_params(), run.judge_placement)
+        params, shape = run.start_params(), dataclasses.replace(run.model_config(), dtype=config.dtype)
+        digest = parameters_hash(params)
+        params = move_parameters(LanguageModel(shape), params, run.judge_placement)
         title = f"{POLICY} after {name_in_round(stage, begun.round)}"
-        model = JudgeModel(title, parameters_hash(params), run.model_config(), params, run.tokenizer())
+        model = JudgeModel(title, digest, run.model_config(), params, run.tokenizer())
         return make_judge(config, model, run.config.seed, run.judge_placement)
 
 
@@ -58,7 +63,7 @@ def label_by_panel(
             remove_leftovers(own)
         _label_by_member(run, name, pairs, own, f"{description}, {name}", worker)
     # Whichever worker wrote the last of these tables comes here after it.
-    if not all((own / "preferences.parquet").exists() for own in folders.values()):
+    if not processes.agree(lambda: all((own / "preferences.parquet").exists() for own in folders.values())):
         return False
     manifests = {name: read_json(own / "manifest.json") for name, own in folders.items()}
     provenance = _provenance(manifests, run.config.panel.combine)

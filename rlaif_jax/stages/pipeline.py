@@ -220,7 +220,7 @@ def _file_hashes(run: Run) -> dict[str, str]:
 
 def is_done(run: Run, name: str) -> bool:
     """Whether a stage has run to its end. Raises UserError where the record of it is damaged."""
-    return processes.agree(_is_done(run, name))
+    return processes.agree(lambda: _is_done(run, name))
 
 
 def _is_done(run: Run, name: str) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import Stopped, UserError
-from rlaif_jax.files import read_shards, write_checked_parquet
+from rlaif_jax.files import read_shards, shard_names, write_checked_parquet
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
@@ -79,7 +79,8 @@ def keep_rows(
     skipped: prompts that get no reply. about: what is kept with the replies to each prompt, by the names of columns.
     Returns row -> tokens, text, ended. Raises UserError where a shard is damaged, or of other prompts.
     """
-    rows, fresh, shards = _committed(folder), [], len(list(folder.glob("*.parquet")))
+    names = processes.agree(lambda: shard_names(folder))
+    rows, fresh, shards = _committed(folder, names), [], len(names)
     for row, kept in rows.items():
         if about and any(kept[name] != value for name, value in about[row // copies].items()):
             raise UserError(f"{folder} holds texts that other prompts have led to: delete it, and they are made again")
@@ -94,8 +95,8 @@ def keep_rows(
             bar.update()
             stop = processes.stop_point()
             if len(fresh) == commit_every or len(rows) == total or stop:
-                if processes.first():
-                    write_checked_parquet(folder, f"{shards:05d}", pa.Table.from_pylist(fresh, schema=schema))
+                table = pa.Table.from_pylist(fresh, schema=schema)
+                processes.by_first(lambda: write_checked_parquet(folder, f"{shards:05d}", table))  # noqa: B023  (at once)
                 fresh, shards = [], shards + 1
             if stop:
                 raise Stopped
@@ -107,9 +108,9 @@ _SCHEMA = pa.schema(
 )
 
 
-def _committed(folder: epath.Path) -> dict[int, dict]:
-    """The replies in the shards of `folder`, by row."""
-    shards = read_shards(folder, "its replies alone are sampled again")
+def _committed(folder: epath.Path, names: Sequence[str]) -> dict[int, dict]:
+    """The replies in these shards of `folder`, by row."""
+    shards = read_shards(folder, "its replies alone are sampled again", names)
     return {row.pop("row"): row for _, table in shards for row in table.to_pylist()}
 
 

@@ -251,7 +251,7 @@ def with_seed(config: Config, workdir: epath.Path | None) -> Config:
     begun = None if workdir is None else workdir / "config.json"
     if begun is not None and there(begun):
         return dataclasses.replace(config, seed=read_json(begun)["config"]["seed"])
-    seed = processes.agree(secrets.randbelow(2**31))
+    seed = processes.agree(lambda: secrets.randbelow(2**31))
     print(f"seed: {seed} (drawn)", flush=True)
     return dataclasses.replace(config, seed=seed)
 

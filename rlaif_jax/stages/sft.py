@@ -15,6 +15,7 @@ from rlaif_jax.data.prepare import load, prepare, training_texts
 from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import init_parameters, place_parameters
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_rows
 from rlaif_jax.stages.replies import sample_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
@@ -28,10 +29,8 @@ from rlaif_jax.training.step import compiled_step
 
 def run_sft(run: Run) -> None:
     """Reads the sources, trains, and writes `sft/data`, `sft/tokenizer` and `sft/checkpoints`."""
-    config, folder = run.config.sft, run.folder("sft")
-    if not any(folder.glob("checkpoints/*")):  # at the start; afterwards the data stays as it is
-        _prepare_data(run)
-    tune(run, "sft", config, demonstration_rows(run), lambda: initial_params(run, run.language_model()))
+    processes.agree(lambda: _prepare_data(run))
+    tune(run, "sft", run.config.sft, demonstration_rows(run), lambda: initial_params(run, run.language_model()))
 
 
 def tune(
@@ -109,7 +108,12 @@ def _samples(run: Run, stage: str, params) -> list[dict]:
 
 
 def _prepare_data(run: Run) -> None:
-    """Saves the tokenizer (of the policy's weights, or trained on the demonstrations) and the data, for all stages."""
+    """Saves the tokenizer (of the policy's weights, or trained on the demonstrations) and the data, for all stages.
+
+    At the start; once there is a checkpoint, the data stays as it is.
+    """
+    if any(run.folder("sft").glob("checkpoints/*")):
+        return
     policy, data, seed = run.config.policy, run.config.data, run.config.seed
     if policy.weights:
         tokenizer = tokenizers.from_gguf(gguf.open_gguf(policy.weights))

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from rlaif_jax.files import read_shards, write_checked_parquet
+from rlaif_jax.files import read_shards, shard_names, write_checked_parquet
 from rlaif_jax.parallel import processes
 from rlaif_jax.progress import progress
 
@@ -22,7 +22,8 @@ def keep_values(
 
     compute: rows -> their values by name, in all processes alike. Raises UserError where a shard is damaged.
     """
-    shards = [table for _, table in read_shards(folder, "its replies alone are scored again")]
+    names_there = processes.agree(lambda: shard_names(folder))
+    shards = [table for _, table in read_shards(folder, "its replies alone are scored again", names_there)]
     kept = {row["row"]: row for table in shards for row in table.to_pylist()}
     missing = [row for row in range(total) if row not in kept]
     with progress(None, folder.name, total=total, initial=len(kept), unit="reply") as bar:
@@ -30,8 +31,7 @@ def keep_values(
             rows = missing[start : start + commit_every]
             values = compute(rows)
             table = pa.table({"row": rows} | {name: values[name] for name in names})
-            if processes.first():
-                write_checked_parquet(folder, f"{rows[0]:08d}", table)
+            processes.by_first(lambda: write_checked_parquet(folder, f"{rows[0]:08d}", table))  # noqa: B023  (at once)
             processes.stop_if_asked()
             kept |= {row["row"]: row for row in table.to_pylist()}
             bar.update(len(rows))

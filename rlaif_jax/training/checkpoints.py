@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-import xxhash
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
@@ -31,6 +31,7 @@ from rlaif_jax.progress import warn
 State = TypeVar("State")
 _KEEP = 2  # the newest, and the one to fall back on
 _OVERHEAD = 1 << 20  # bytes: room for Orbax's metadata and half-filled blocks
+_SAVES = itertools.count()
 _TEMPORARY = "orbax-checkpoint-tmp"  # in the name of each folder that Orbax has not finished
 
 
@@ -52,7 +53,7 @@ class Checkpoints:
         Raises UserError where all are damaged, and where the state does not fit.
         """
         self._sweep()
-        steps, cut_short = processes.agree(_steps_and_unfinished(self.folder))
+        steps, cut_short = processes.agree(lambda: _steps_and_unfinished(self.folder))
         finished = [step for step in steps if step not in cut_short]
         damaged: dict[int, str] = {}
         for step in reversed(finished):
@@ -67,11 +68,13 @@ class Checkpoints:
             )
         for bad, reason in damaged.items():
             warn(f"deleted checkpoint {self.folder}/{bad}, which {reason}")
-        if processes.first():
+
+        def delete() -> None:
             for bad in (*cut_short, *damaged):
                 (self.folder / str(bad)).rmtree()
             self._prune()
-        processes.barrier()
+
+        processes.agree(delete)
         if not finished:
             return None
         step = finished[-1 - len(damaged)]
@@ -93,14 +96,14 @@ class Checkpoints:
             saved = manager.save(step, args=ocp.args.Composite(**items), metrics=self._ranked(metrics, planned))
         if not saved:
             raise RuntimeError(f"Orbax did not save step {step} in {self.folder}, which has {_steps(self.folder)}")
-        self._pending: Future | None = self._finisher.submit(self._write_checksums, step)
+        name = f"checksums/{next(_SAVES)}"  # the same in all processes
+        self._pending: Future | None = self._finisher.submit(self._write_checksums, step, name)
 
-    def _write_checksums(self, step: int) -> None:
+    def _write_checksums(self, step: int, name: str) -> None:
         """Waits for Orbax, in a thread of its own."""
         with self._swept():
             self._manager.wait_until_finished()
-        name = f"checksums/{xxhash.xxh3_64_hexdigest(str(self.folder).encode())}/{step}"  # no part may be empty
-        names = processes.agree(_files(self.folder / str(step)) if processes.first() else [], name)
+        names = processes.agree(lambda: _files(self.folder / str(step)), name)
         mine = names[processes.index() :: processes.count()]
         hashes = file_hashes([self.folder / str(step) / name for name in mine])
         parts = processes.gather(dict(zip(mine, hashes, strict=True)), f"{name}/parts")
@@ -245,21 +248,27 @@ def _check_room(folder: epath.Path, state) -> None:
 
 def damage(folder: epath.Path, step: int) -> str:
     """What is wrong with a checkpoint's bytes, as "has ..."; "" where every file is as it was written."""
-    manifest = _manifest(folder, step)
-    if not manifest.exists():
-        return f"has no checksums in {manifest.parent}"
-    try:
-        hashes = dict(json.loads(manifest.read_text()))
-    except ValueError:
-        return f"has unreadable checksums in {manifest}"
-    missing = sorted(hashes.keys() - set(_files(folder / str(step))))
-    if missing:
-        return f"has lost {missing[0]}"
+    hashes, reason = processes.agree(lambda: _checksums(folder, step))
+    if reason:
+        return reason
     mine = list(hashes)[processes.index() :: processes.count()]
     found = zip(mine, file_hashes([folder / str(step) / name for name in mine]), strict=True)
     bad = processes.gather([name for name, new in found if new != hashes[name]])
     changed = [name for part in bad for name in part]
     return f"has other bytes in {changed[0]} than were written" if changed else ""
+
+
+def _checksums(folder: epath.Path, step: int) -> tuple[dict[str, str], str]:
+    """The checksum of each file of a checkpoint, all of them there, or what is wrong."""
+    manifest = _manifest(folder, step)
+    if not manifest.exists():
+        return {}, f"has no checksums in {manifest.parent}"
+    try:
+        hashes = dict(json.loads(manifest.read_text()))
+    except ValueError:
+        return {}, f"has unreadable checksums in {manifest}"
+    missing = sorted(hashes.keys() - set(_files(folder / str(step))))
+    return hashes, f"has lost {missing[0]}" if missing else ""
 
 
 def _restore(path: epath.Path, abstract):

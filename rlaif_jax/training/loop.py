@@ -96,10 +96,8 @@ def train(
 @contextlib.contextmanager
 def _log(folder: epath.Path, start: int) -> Iterator[StageLog | None]:
     """The stage's log, in the process that reports."""
-    if not processes.first():
-        yield None
-        return
-    with contextlib.closing(StageLog(folder, folder.parent / "logs", start)) as log:
+    log = processes.by_first(lambda: StageLog(folder, folder.parent / "logs", start))
+    with contextlib.closing(log) if log else contextlib.nullcontext():
         yield log
 
 

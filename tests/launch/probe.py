@@ -23,7 +23,7 @@ def main(folder: Path) -> int:
     processes.start(processes.place_from({}, os.environ))
     with processes.heeding_sigterm():
         saved = folder / "saved"
-        began_at = processes.agree(int(saved.read_text()) if saved.exists() else 0)
+        began_at = processes.agree(lambda: int(saved.read_text()) if saved.exists() else 0)
         report = {"index": processes.index(), "count": processes.count(), "devices": jax.device_count()}
         report |= {"sum": added_up(), "began_at": began_at, "pid": os.getpid()}
         path = folder / f"process{processes.index()}.json"

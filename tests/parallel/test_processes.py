@@ -31,6 +31,8 @@ PORT = 61440 + 70123 % 4096
         ({}, SLURM | {"SLURM_STEP_NODELIST": "node[003-007,12],other"}, Place(f"node003:{PORT}", 4, 2)),
         ({}, SLURM | {"SLURM_STEP_NODELIST": "a1,b[2-3]"}, Place(f"a1:{PORT}", 4, 2)),
         ({}, SLURM | {"SLURM_STEP_NODELIST": "gpu-[7,9]"}, Place(f"gpu-7:{PORT}", 4, 2)),
+        ({}, SLURM | {"SLURM_STEP_NODELIST": "rack[0-1]n[2-3]-ib,x"}, Place(f"rack0n2-ib:{PORT}", 4, 2)),
+        ({}, SLURM | {"SLURM_STEP_NODELIST": "a", "SLURM_STEP_ID": "1"}, Place(f"a:{PORT + 97}", 4, 2)),
         ({}, SLURM | {"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         ({}, TPU, Place("w-0.pod:8476", 2, 1)),
         ({}, {**TPU, "JAX_COORDINATOR_PORT": "99"}, Place("w-0.pod:99", 2, 1)),
@@ -65,12 +67,12 @@ def test_the_flags_of_processes_are_taken_out_of_a_command():
 
 def test_one_process_alone_is_the_special_case():
     assert processes.count() == 1 and processes.first()
-    assert processes.gather(3) == [3] and processes.agree("x") == "x"
+    assert processes.gather(3) == [3] and processes.agree(lambda: "x") == "x" == processes.by_first(lambda: "x")
     assert processes.parted([1, 2], lambda x, y: np.add(x, y), [3, 4]) == [4, 6]
     with processes.heeding_sigterm():
         assert not processes.stop_point() and not processes.stop_wanted()
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
+        time.sleep(0.1)
         assert processes.stop_point() and processes.stop_wanted()
     assert not processes.stop_point()
 
