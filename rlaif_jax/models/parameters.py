@@ -76,11 +76,16 @@ def _matrices_in(parameters, dtype: str):
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, parameters)
 
 
-def _whole(x: jax.Array) -> np.ndarray:
+def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
     """An array on the host, whichever processes hold its parts: layer by layer, for no device has room for all."""
-    if x.ndim < 3 or x.is_fully_addressable:
+    if x.ndim < 3 or isinstance(x, np.ndarray) or x.is_fully_addressable:
         return processes.to_host(x)
-    return np.stack([processes.to_host(layer) for layer in x])
+    return np.stack([processes.to_host(_layer(x, np.int32(i))) for i in range(len(x))])
+
+
+@jax.jit
+def _layer(x: jax.Array, i: jax.Array) -> jax.Array:
+    return x[i]
 
 
 def to_host_memory(tree):

@@ -32,7 +32,7 @@ class Watch:
         self._answered = time.monotonic()  # when the service did last
         self._lock = threading.Lock()  # between the count of stop points and the choice of the one to stop at
         self._calls, self._stop_at, self._stopped = 0, 0, ""
-        self._asked, self._over = threading.Event(), threading.Event()
+        self._asked, self._leaving, self._over = threading.Event(), threading.Event(), threading.Event()
         self._number = 0  # of this process's beat
         self._beats: dict[int, tuple[str, float]] = {}  # of each process watched the last one, and when it was new
         self._hosts: dict[int, str] = {}
@@ -74,8 +74,8 @@ class Watch:
 
     def fail(self, status: int, message: str, wait: bool) -> NoReturn:
         """See `processes.fail`."""
-        if wait:
-            time.sleep(_LOST_SECONDS + _TOLD_SECONDS)
+        if wait and self._leaving.wait(_LOST_SECONDS + _TOLD_SECONDS):
+            self._over.wait()  # for the thread that is ending this process
         self._over.set()
         if self.index == 0 or status == 1:  # the rest process 0 says for the others
             print(f"rlaif_jax: {message}", file=sys.stderr, flush=True)
@@ -155,6 +155,7 @@ class Watch:
 
     def _leave(self, status: int, reason: str) -> NoReturn:
         """Ends this process for the sake of another one; at once, for the main thread may wait for ever."""
+        self._leaving.set()
         _say(reason)
         self._exit(status)
 
@@ -165,13 +166,15 @@ class Watch:
             self._set(f"{_NEWS}heard/{self.index}", "true")
             deadline = time.monotonic() + _TOLD_SECONDS
             # The service goes with process 0, so that it is the last.
-            while self.index == 0 and time.monotonic() < deadline and self._heard() < self.count:
+            while self.index == 0 and time.monotonic() < deadline and self._deaf():
                 time.sleep(_BEAT_SECONDS / 10)
         finally:
             os._exit(status)
 
-    def _heard(self) -> int:
-        return len(self._client.key_value_dir_get(f"{_NEWS}heard/"))
+    def _deaf(self) -> int:
+        """How many have not heard of an end, and still could."""
+        kinds = [key.removeprefix(_NEWS).split("/")[0] for key, _ in self._client.key_value_dir_get(_NEWS)]
+        return self.count - kinds.count("heard") - kinds.count("lost")
 
     def _why_aborted(self) -> str:
         """JAX's client aborts the process at once when the service is gone; "" where it is not."""

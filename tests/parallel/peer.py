@@ -1,6 +1,5 @@
 """A process that works with others in steps until it is stopped, for the tests: python -m tests.parallel.peer"""
 
-import os
 import sys
 import time
 
@@ -88,6 +87,4 @@ def move_a_judge() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["JAX_NUM_CPU_DEVICES"] = "2"
     sys.exit(run_command(sys.argv, "", work))

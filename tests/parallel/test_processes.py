@@ -86,8 +86,9 @@ class Pair:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         self.logs = [folder / f"{i}.log" for i in (0, 1)]
         command = [sys.executable, "-m", "tests.parallel.peer", f"--coordinator={address}", "--processes=2", *arguments]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
         self.processes = [
-            subprocess.Popen([*command, f"--process={i}"], stdout=subprocess.DEVNULL, stderr=log.open("w"))
+            subprocess.Popen([*command, f"--process={i}"], env=env, stdout=subprocess.DEVNULL, stderr=log.open("w"))
             for i, log in enumerate(self.logs)
         ]
 
