@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlaif_jax.parallel.mesh import RULES, constrain, partition_spec, platform, splits_length
+from rlaif_jax.parallel.mesh import RULES, constrain, partition_spec, platform, splits_batch, splits_length
 
 MASKED = -1e30  # finite, so that a query with nothing to attend to gives no NaN
 IMPLEMENTATIONS = ("auto", "plain", "cudnn", "splash")
@@ -45,8 +45,12 @@ def attend(query: jax.Array, blocks: list[Block], implementation: str, odd: tupl
         query = constrain(query, "batch", "length", "heads", None, odd=(*odd, *_CHECKED))
         parts = [_plain_by_row(query, _whole(block, odd)) for block in blocks]
     else:
-        attend_block = _cudnn if chosen == "cudnn" else _plain_in_parts
-        parts = [attend_block(query.reshape(len(block.key), -1, heads, head_dim), block) for block in blocks]
+        # cuDNN's kernel wants rows to lie where their keys do: not those of a prefix that rows of all devices share.
+        by_cudnn = [chosen == "cudnn" and (len(block.key) == batch or not splits_batch()) for block in blocks]
+        parts = [
+            (_cudnn if fused else _plain_in_parts)(query.reshape(len(block.key), -1, heads, head_dim), block)
+            for fused, block in zip(by_cudnn, blocks, strict=True)
+        ]
     if len(parts) == 1:
         return parts[0][0].reshape(query.shape)
     outputs = [output.reshape(query.shape) for output, _ in parts]
@@ -158,7 +162,7 @@ def _splash(query: jax.Array, block: Block, odd: tuple[str, ...]) -> jax.Array:
     segment_ids = jnp.pad(block.segment_ids, ((0, 0), (0, padding)))
     kernel, run = _splash_kernel(*query.shape[1:3], shards), _splash_rows
     if not mesh.empty:  # Mosaic kernels can't be partitioned automatically
-        axes = ("batch", "length", "kv_heads", None)
+        axes = ("batch" if len(key) > 1 else None, "length", "kv_heads", None)  # one row is not split
         batch, queries, heads, _ = partition_spec(axes, key.shape, mesh, (*odd, *_CHECKED))
         of_query, of_key = PartitionSpec(batch, queries, heads, None), PartitionSpec(batch, None, heads, None)
         of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, queries)))

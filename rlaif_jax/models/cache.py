@@ -44,7 +44,8 @@ def empty_cache(like: KVCache, batch: int, slots: int) -> KVCache:
 
 def split_rows(layer: LayerCache) -> LayerCache:
     """The same, split over devices by rows and heads: left to the compiler, each device may hold all of it."""
-    return jax.tree.map(lambda x: constrain(x, *("batch", None, "kv_heads", None)[: x.ndim]), layer)
+    axes, odd = ("batch", None, "kv_heads", None), ("batch", "kv_heads")
+    return jax.tree.map(lambda x: constrain(x, *axes[: x.ndim], odd=odd), layer)
 
 
 def append(cache: LayerCache, new: LayerCache, slot: jax.Array) -> LayerCache:

@@ -152,8 +152,8 @@ def abstract_decoding_parameters(model: LanguageModel, placement: Placement, rul
 
 
 @functools.lru_cache(maxsize=8)
-def to_decoding(model: LanguageModel, placement: Placement, rules: tuple = tuple(DECODE_RULES.items())):
-    """The program of `decoding_parameters`."""
+def to_decoding(model: LanguageModel, placement: Placement, rules: tuple):
+    """The program of `decoding_parameters`; rules: as items."""
 
     def move(parameters):
         decoder = dict(parameters["decoder"])

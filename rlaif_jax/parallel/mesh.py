@@ -177,9 +177,18 @@ def constrain(x: jax.Array, *logical_axes: str | None, odd: tuple[str, ...] = ()
     return jax.lax.with_sharding_constraint(x, partition_spec(tuple(names), x.shape, mesh, odd))
 
 
+def splits_batch() -> bool:
+    """Whether the ambient mesh splits activations along their batch."""
+    return _splits("batch")
+
+
 def splits_length() -> bool:
     """Whether the ambient mesh splits activations along their length."""
-    return any(jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1 for axis in RULES["length"])
+    return _splits("length")
+
+
+def _splits(name: str) -> bool:
+    return any(jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1 for axis in RULES[name])
 
 
 def shard_batch(batch, mesh: Mesh):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}  # the others say their bits
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^=]*\)|.*) -> .*\{$")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _NAME = re.compile(r"%?([\w.\-]+)")
 
 
@@ -48,7 +48,7 @@ class Module:
             elif line.rstrip().endswith("{") and (head := _HEAD.match(line.rstrip())):
                 current = self.computations.setdefault(head[2], {})
                 self.entry = head[2] if head[1] else self.entry
-            elif line.startswith("}"):
+            elif line == "}":  # other lines without indentation go on with what a kernel says of itself
                 current = None
 
     def trips(self, loop: Instruction) -> int | None:

@@ -3,20 +3,24 @@
 A program can be compiled for a TPU or a GPU that is not here: libtpu and the CUDA plug-in describe one.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import topologies
 
 from rlaif_jax.errors import UserError
 
-REQUIREMENTS = "requirements-plan.txt"
+# A folder of their own for them: where libtpu is installed, every program that starts JAX looks for a TPU, loudly.
+_FOLDER, _REQUIREMENTS = ".plan", "requirements-plan.txt"
+_ROOT = pathlib.Path(__file__).parents[2]
 _GIB = 1 << 30
 _TARGETS = pathlib.Path(__file__).parent / "gpu_targets"
 
@@ -96,8 +100,14 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _need(module: str, topology: str) -> None:
+    folder = str(_ROOT / _FOLDER)
+    if folder not in sys.path:
+        sys.path.append(folder)
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"--topology={topology} needs {module}: pip install -r {REQUIREMENTS}")
+        raise UserError(
+            f"--topology={topology} needs {module}, which is not installed: pip install --no-deps --target={_FOLDER} "
+            f"-r {_REQUIREMENTS}"
+        )
 
 
 def _cpu_devices(count: int) -> list:
@@ -127,9 +137,24 @@ def _gpu_devices(kind: str, sizes: tuple[int, ...]) -> list:
 def _described(name: str, **topology) -> list:
     jax.config.update("jax_platforms", "cpu")  # the machine is described, not used
     try:
-        return topologies.get_topology_desc(**topology).devices
+        with silent():
+            return topologies.get_topology_desc(**topology).devices
     except Exception as error:  # whatever the plug-in raises for a shape that it does not know
         raise UserError(f"there is no machine of the shape {name}: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing that is written to stderr inside is seen: compilers for machines that are not here say so at length."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def devices_of(machine: Machine) -> list:

@@ -6,7 +6,7 @@ They are the very functions that the stages call; nothing is loaded, and lengths
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,20 @@ from jax.sharding import Mesh
 
 from rlaif_jax.judge.score import read_prefix
 from rlaif_jax.models.parameters import (
-    abstract_decoding_parameters,
-    abstract_parameters,
+    Placement,
     decoding_model,
     to_decoding,
 )
-from rlaif_jax.planning.roles import AbstractJudge, Arrays, abstract_judge, abstract_reward_model
+from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.parallel.mesh import DECODE_RULES, JUDGE_RULES, Rules, batch_ways
+from rlaif_jax.planning.roles import (
+    AbstractJudge,
+    Arrays,
+    abstract_judge,
+    abstract_reward_model,
+    decoding_shapes,
+    trained_shapes,
+)
 from rlaif_jax.sampling.continuous import advance, empty_slots, insert
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.generate import generate
@@ -45,13 +53,10 @@ class Program:
     arguments: tuple
     keywords: dict
     mesh: Mesh
-    calls: int  # in the stage; 0 where the config does not tell
+    calls: int  # in the run; 0 where the config does not tell
     tokens: int = 0  # of a call, padding included
     trips: int = 1  # the most that a loop runs whose length the data decide
     beside: tuple = ()  # trees in memory at the same time that are no argument
-    sampled: bool = False  # its tokens are those sampled
-    depth: int = 0  # layers that are unrolled
-
 
     @property
     def title(self) -> str:
@@ -59,11 +64,13 @@ class Program:
         return f"{self.stage}/{self.name}"
 
 
-def programs_of(run: Run) -> Iterator[Program]:
-    """All programs of the config's stages that take time, in the order of the stages."""
+def programs_of(run: Run, stages: Sequence[str] = ()) -> Iterator[Program]:
+    """All programs of the config's stages, or of some of them, that take time."""
     for stage in run.config.stages:
-        if stage in _STAGES:
-            yield from _STAGES[stage](run)
+        rounds = 1 if stage == "sft" else run.config.rounds
+        wanted = stage in _STAGES and (not stages or stage in stages)
+        for program in _STAGES[stage](run) if wanted else ():
+            yield dataclasses.replace(program, calls=program.calls * rounds)
 
 
 def unplanned(run: Run) -> list[str]:
@@ -107,10 +114,19 @@ def _sampling(
     """Continuous batching by the policy (`sampling.continuous.sample`)."""
     config, policy, arrays, mesh = run.config.sampler, run.config.policy, Arrays(run.placement), run.placement.mesh
     stacked, limit = run.language_model(), policy.max_response_length
-    model, weights = decoding_model(stacked), abstract_parameters(stacked, run.placement)
-    parameters, stopping = abstract_decoding_parameters(stacked, run.placement), arrays.stopping
+    model, weights = decoding_model(stacked), trained_shapes(stacked, run.placement)
+    parameters, stopping = decoding_shapes(stacked, run.placement), arrays.stopping
     cache_dtype, read = config.cache_dtype or stacked.config.dtype, max(min(config.refill, config.slots // copies), 1)
-    yield Program(stage, "decode_weights", to_decoding(stacked, run.placement), (weights,), {}, mesh, 1, beside=beside)
+    yield Program(
+        stage,
+        "decode_weights",
+        _to_decoding(stacked, run.placement, DECODE_RULES),
+        (weights,),
+        {},
+        mesh,
+        1,
+        beside=beside,
+    )
     shape = config.slots, policy.max_prompt_length, limit, limit + config.chunk - 1
     with jax.set_mesh(mesh):
         slots = jax.eval_shape(
@@ -124,13 +140,13 @@ def _sampling(
     yield Program(
         stage, "prefill", insert, (model, parameters, slots, (), stopping, *read_in, arrays.key),
         {"sampling": sampling, "cache_dtype": cache_dtype}, mesh, math.ceil(prompts / read), read * length,
-        beside=beside, depth=stacked.config.num_hidden_layers,
+        beside=beside,
     )  # fmt: skip
     chunks = math.ceil(prompts * copies / config.slots) * math.ceil(limit / config.chunk)
     yield Program(
         stage, "decode", advance, (model, parameters, slots, (), stopping),
         {"sampling": sampling, "chunk": config.chunk}, mesh, chunks, config.slots * config.chunk, config.chunk,
-        beside, sampled=True, depth=stacked.config.num_hidden_layers,
+        beside,
     )  # fmt: skip
 
 
@@ -138,25 +154,24 @@ def _judging(
     run: Run, stage: str, name: str, judge: AbstractJudge, items: int, loads: int, beside: tuple = ()
 ) -> Iterator[Program]:
     """A judge that is loaded and scores so many pairs, or responses where it rates each."""
-    mesh, depth = judge.placement.mesh, judge.shape.config.num_hidden_layers
-    loaded = abstract_parameters(judge.shape, judge.placement)
-    convert = to_decoding(judge.stacked, judge.placement)
+    mesh = judge.placement.mesh
+    loaded = judge.loaded
+    convert = _to_decoding(judge.stacked, judge.placement, JUDGE_RULES)
     yield Program(stage, f"{name}_weights", convert, (loaded,), {}, mesh, loads, beside=beside)
     arguments = judge.model, judge.parameters, judge.preamble
     yield Program(
         stage, f"{name}_preamble", read_prefix, arguments, {}, mesh, loads, judge.preamble.shape[1],
-        beside=(loaded, *beside), depth=depth,
+        beside=(loaded, *beside),
     )  # fmt: skip
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
     length = judge.tree_length
-    rows = rows_of_batch(length, judge.config.batch_tokens, ways)
+    rows = rows_of_batch(length, judge.config.batch_tokens, batch_ways(mesh))
     arrays = Arrays(judge.placement)
     tokens, asked = arrays.rows(jnp.int32, rows, length), arrays.rows(jnp.int32, rows, judge.asked)
     trees = math.ceil(items / judge.config.pairs_per_tree)
     copies = run.placement.mesh.size // mesh.size  # judges beside each other, each with rows of its own
     yield Program(
         stage, name, tree_logprobs, (judge.model, judge.parameters, (judge.prefix,), *[tokens] * 3, *[asked] * 2), {},
-        mesh, math.ceil(trees / (rows * copies)), rows * length, beside=beside, depth=depth,
+        mesh, math.ceil(trees / (rows * copies)), rows * length, beside=beside,
     )  # fmt: skip
 
 
@@ -174,39 +189,43 @@ def _reward_model(run: Run) -> Iterator[Program]:
 def _rl(run: Run) -> Iterator[Program]:
     config, arrays, mesh = run.config.rl, Arrays(run.placement), run.placement.mesh
     model, scalar_model = run.language_model(), run.scalar_model()
-    state, reference = abstract_rl_state(run), abstract_parameters(model, run.placement)
+    state, reference = abstract_rl_state(run), trained_shapes(model, run.placement)
     rewards = abstract_reward_model(run) if config.rewards.reward_model else None
-    judges = {"judge": config.rewards.judge, "gold_judge": config.gold.judge}
-    prompts = {"judge": config.rewards.judge_prompt, "gold_judge": config.gold.judge_prompt}
-    weights = {"judge": run.config.judge.weights, "gold_judge": config.gold.judge_weights or run.config.judge.weights}
-    judging = {
-        name: abstract_judge(run, dataclasses.replace(run.config.judge, weights=weights[name]), prompts[name])
-        for name, weight in judges.items()
-        if weight
-    }
-    judge_trees = tuple((judge.parameters, judge.prefix) for judge in judging.values())
+    frozen = _resident(run, reference=reference, reward_model=rewards)
+    judging = _live_judges(run)
+    loaded = tuple((judge.parameters, judge.prefix) for judge in judging.values())
+    judges = _resident(run, judge=loaded)
     yield from _generating(run, "rl", config.batch_size, config.group_size, config.sampling, config.steps,
-                           (state, reference, rewards, *judge_trees))  # fmt: skip
+                           (state, *frozen, *judges))  # fmt: skip
     for name, judge in judging.items():
-        beside = (state, reference, rewards, *(trees for other, trees in zip(judging, judge_trees, strict=True) if other != name))
-        for program in _judging(run, "rl", name, judge, config.batch_size, 1, beside):
+        for program in _judging(run, "rl", name, judge, config.batch_size, 1, (state, *frozen)):
             yield dataclasses.replace(program, calls=program.calls * (config.steps if program.name == name else 1))
     sampled, scores = abstract_sampled(run), arrays.rows(jnp.float32, config.batch_size)
     arguments = model, scalar_model, state, reference, rewards, sampled, scores
-    tokens = config.batch_size * _length(run)
-    yield Program(
-        "rl", "rollout", make_rollout, arguments, {"config": config}, mesh, config.steps, tokens, beside=judge_trees
-    )
+    tokens, keywords = config.batch_size * _length(run), {"config": config}
+    yield Program("rl", "rollout", make_rollout, arguments, keywords, mesh, config.steps, tokens, beside=judges)
     with jax.set_mesh(mesh):
         rollout = jax.eval_shape(functools.partial(make_rollout, model, scalar_model, config=config), *arguments[2:])[0]
     rows = config.ptx_rows * config.epochs * config.minibatches
     demonstrations = arrays.packed(rows, run.config.sft.row_length) if config.ptx_coef else None
-    arguments = (state.replace(control=None), arrays.all_rows(rollout), arrays.whole(jnp.float32), reference,
-                 demonstrations, arrays.key)  # fmt: skip
+    exact_kl = config.kl.placement == "loss" and config.kl.estimator == "full"
+    arguments = (state.replace(control=None), arrays.all_rows(rollout), arrays.whole(jnp.float32),
+                 reference if exact_kl else None, demonstrations, arrays.key)  # fmt: skip
+    beside = (*_resident(run, reference=None if exact_kl else reference, reward_model=rewards), *judges)
     yield Program(
-        "rl", "update", update_function(run), arguments, {}, mesh, config.steps, tokens * config.epochs,
-        beside=(rewards, *judge_trees),
-    )  # fmt: skip
+        "rl", "update", update_function(run), arguments, {}, mesh, config.steps, tokens * config.epochs, beside=beside
+    )
+
+
+def _live_judges(run: Run) -> dict[str, AbstractJudge]:
+    """The judges that rate in RL, for the reward and for gold."""
+    rewards, gold, judges = run.config.rl.rewards, run.config.rl.gold, {}
+    if rewards.judge:
+        judges["judge"] = abstract_judge(run, run.config.judge, rewards.judge_prompt)
+    if gold.judge:
+        config = dataclasses.replace(run.config.judge, weights=gold.judge_weights or run.config.judge.weights)
+        judges["gold_judge"] = abstract_judge(run, config, gold.judge_prompt)
+    return judges
 
 
 def _generating(
@@ -214,10 +233,10 @@ def _generating(
 ) -> Iterator[Program]:
     """The responses of a step (`stages.rollouts`)."""
     policy, arrays, mesh, stacked = run.config.policy, Arrays(run.placement), run.placement.mesh, run.language_model()
-    weights = abstract_parameters(stacked, run.placement)  # of the state, which is beside it
-    yield Program(stage, "decode_weights", to_decoding(stacked, run.placement), (weights,), {}, mesh, calls,
-                  beside=_less(beside, weights))  # fmt: skip
-    parameters = abstract_decoding_parameters(stacked, run.placement)
+    weights = trained_shapes(stacked, run.placement)  # of the state, which is beside it
+    convert, others = _to_decoding(stacked, run.placement, DECODE_RULES), (beside[0].replace(params=()), *beside[1:])
+    yield Program(stage, "decode_weights", convert, (weights,), {}, mesh, calls, beside=others)
+    parameters = decoding_shapes(stacked, run.placement)
     length, limit = policy.max_prompt_length, policy.max_response_length
     prompts, mask = (arrays.rows(dtype, rows // copies, length) for dtype in (jnp.int32, jnp.bool_))
     arguments = decoding_model(stacked), parameters, prompts, mask, arrays.key, arrays.rows(jnp.int32, rows)
@@ -225,20 +244,21 @@ def _generating(
     keywords["cache_dtype"] = run.config.sampler.cache_dtype or stacked.config.dtype
     yield Program(
         stage, "generate", generate, (*arguments, arrays.stopping), keywords, mesh, calls, rows * limit, limit - 1,
-        beside, sampled=True, depth=stacked.config.num_hidden_layers,
+        beside,
     )  # fmt: skip
 
 
 def _preference(run: Run) -> Iterator[Program]:
     config, arrays, mesh, model = run.config.preference, Arrays(run.placement), run.placement.mesh, run.language_model()
-    reference, optimizer = abstract_parameters(model, run.placement), make_optimizer(config.optimizer, config.steps)
+    reference, optimizer = trained_shapes(model, run.placement), make_optimizer(config.optimizer, config.steps)
     state = abstract_state(model, optimizer, run.placement)
     judge = abstract_judge(run, run.config.judge) if config.online else None
-    loaded = (judge.parameters, judge.prefix) if judge else ()
+    loaded = _resident(run, judge=(judge.parameters, judge.prefix) if judge else ())
+    waiting = _resident(run, reference=reference)
     if judge:
         yield from _generating(run, "preference", 2 * config.batch_size, 2, config.sampling, config.steps,
-                               (state, reference, *loaded))  # fmt: skip
-        for program in _judging(run, "preference", "judge", judge, config.batch_size, 1, (state, reference)):
+                               (state, *waiting, *loaded))  # fmt: skip
+        for program in _judging(run, "preference", "judge", judge, config.batch_size, 1, (state, *waiting)):
             yield dataclasses.replace(program, calls=program.calls * (config.steps if program.name == "judge" else 1))
     side = arrays.sequences(config.batch_size, run.config.policy)
     pairs = config.steps * config.batch_size if config.online else run.config.label.pairs
@@ -251,7 +271,9 @@ def _preference(run: Run) -> Iterator[Program]:
     batch = PreferenceBatch(arrays.comparisons(config.batch_size, run.config.policy), number, number)
     step = preference.step_function(model, optimizer, config)
     tokens = 2 * config.batch_size * _length(run)
-    yield Program("preference", "step", step, (state, batch), {}, mesh, config.steps, tokens, beside=(reference, *loaded))
+    yield Program(
+        "preference", "step", step, (state, batch), {}, mesh, config.steps, tokens, beside=(*waiting, *loaded)
+    )
 
 
 def _best_of_n(run: Run) -> Iterator[Program]:
@@ -262,7 +284,7 @@ def _best_of_n(run: Run) -> Iterator[Program]:
 
 def _evaluation(run: Run) -> Iterator[Program]:
     config, model, mesh = run.config.evaluation, run.language_model(), run.placement.mesh
-    sft_params = abstract_parameters(model, run.placement)
+    sft_params = trained_shapes(model, run.placement)
     rewards = abstract_reward_model(run) if "reward_model" in run.config.stages else None
     policies, prompts = len(run.config.measured_policies), _evaluation_prompts(run)
     for program in _sampling(run, "eval", prompts, 1, config.sampling, (sft_params, rewards)):
@@ -281,6 +303,15 @@ def _evaluation_prompts(run: Run) -> int:
     if source.kind == "embedded":
         return embedded.evaluation_combinations + embedded.evaluation_unseen_templates + embedded.red_team_evaluation
     return source.limit
+
+
+def _to_decoding(model: LanguageModel, placement: Placement, rules: Rules) -> jax.stages.Wrapped:
+    return to_decoding(model, placement, tuple(rules.items()))
+
+
+def _resident(run: Run, **trees):
+    """What of these roles is in the devices' memory while others work: all but what waits in that of the hosts."""
+    return tuple(tree for role, tree in trees.items() if role not in run.config.mesh.offload)
 
 
 def _length(run: Run) -> int:

@@ -12,7 +12,6 @@ from rlaif_jax.config import PolicyConfig
 from rlaif_jax.data.packing import PackedRows
 from rlaif_jax.judge.prompts import Pair, PromptConfig, load_template
 from rlaif_jax.judge.score import POLICY, JudgeConfig, read_prefix
-from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import (
     Placement,
@@ -20,14 +19,17 @@ from rlaif_jax.models.parameters import (
     abstract_parameters,
     decoding_model,
 )
+from rlaif_jax.models.shapes import model_config
 from rlaif_jax.models.transformer import LanguageModel
-from rlaif_jax.parallel.mesh import RULES, batch_sharding, partition_spec
+from rlaif_jax.parallel.mesh import JUDGE_RULES, RULES, batch_sharding, partition_spec
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.stages.preferences import Comparisons
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.reward_models import RewardModel, side_by_side
 from rlaif_jax.training.sequences import Sequences
 
+# Tracing a large model to know its shapes takes seconds, and most programs need them.
+trained_shapes, decoding_shapes = functools.cache(abstract_parameters), functools.cache(abstract_decoding_parameters)
 CHARACTERS = 4  # about so many are a token of English: a judge without weights has no tokenizer to count with
 
 
@@ -93,7 +95,7 @@ def abstract_reward_model(run: Run) -> RewardModel:
     """The trained reward model."""
     config, whole = run.config.reward_model, Arrays(run.placement).whole
     members = 1 if config.combine == "weights" else config.members
-    params = side_by_side(abstract_parameters(run.scalar_model(), run.placement), members)
+    params = side_by_side(trained_shapes(run.scalar_model(), run.placement), members)
     number = whole(jnp.float32)
     return RewardModel(params, whole(jnp.float32, members), number, number, config.combine, config.uncertainty_coef)
 
@@ -119,10 +121,17 @@ class AbstractJudge:
         """As it judges."""
         return decoding_model(self.stacked)
 
-    @property
+    @functools.cached_property
+    def loaded(self):
+        """Its parameters as they are read, the layers stacked."""
+        params = trained_shapes(self.shape, self.placement)
+        dtype = jnp.dtype(self.config.dtype)
+        return jax.tree.map(lambda x: x.update(dtype=dtype) if x.ndim > 1 else x, params)
+
+    @functools.cached_property
     def parameters(self):
         """Of `model`."""
-        return abstract_decoding_parameters(self.stacked, self.placement)
+        return abstract_decoding_parameters(self.stacked, self.placement, JUDGE_RULES)
 
     @functools.cached_property
     def template(self):
@@ -135,7 +144,7 @@ class AbstractJudge:
         tokens = max(math.ceil(len(self.template.preamble) / CHARACTERS), 1)
         return Arrays(self.placement).whole(jnp.int32, 1, tokens)
 
-    @property
+    @functools.cached_property
     def prefix(self) -> KVCache:
         """The keys and values of the preamble."""
         with jax.set_mesh(self.placement.mesh):
@@ -162,5 +171,5 @@ class AbstractJudge:
 
 def abstract_judge(run: Run, config: JudgeConfig, prompt: PromptConfig | None = None) -> AbstractJudge:
     """The judge of a config, under another prompt where there is one."""
-    shape = run.model_config() if config.weights == POLICY else gguf.model_config(gguf.open_gguf(config.weights))
-    return AbstractJudge(config, prompt or config.prompt, run.config.policy, LanguageModel(shape), run.placement)
+    shape = run.model_config() if config.weights == POLICY else model_config(config.weights)
+    return AbstractJudge(config, prompt or config.prompt, run.config.policy, LanguageModel(shape), run.judge_placement)

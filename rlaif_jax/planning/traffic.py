@@ -60,9 +60,9 @@ class _Counter:
         for instruction in self._module.computations[computation].values():
             if instruction.opcode == "while":
                 known = self._module.trips(instruction)
-                (body,) = instruction.called("body")
-                inner = self.of(body, 1 if known is None else trips)
-                total += inner.times(trips if known is None else known)
+                for part in ("body", "condition"):
+                    inner = self.of(*instruction.called(part), 1 if known is None else trips)
+                    total += inner.times(trips if known is None else known)
             elif instruction.opcode == "conditional":
                 branches = instruction.called("branch_computations")
                 branches = branches or instruction.called("true_computation") + instruction.called("false_computation")
@@ -70,8 +70,7 @@ class _Counter:
             elif instruction.opcode == "call":
                 total += self.of(*instruction.called("to_apply"), trips)
             else:
-                memory = self._memory(computation, instruction)
-                total += Traffic(memory)
+                total += Traffic(self._memory(computation, instruction)) + self._from_slices(instruction)
                 for where, collective in self._collectives(computation, instruction):
                     # One that is begun, helped along and ended in several fusions is printed in each of them.
                     channel = collective.attribute(r"channel_id=(\d+)") or collective.name
@@ -88,6 +87,15 @@ class _Counter:
             for name in instruction.called("calls"):
                 for inner in self._module.computations[name].values():
                     yield from self._collectives(name, inner)
+
+    def _from_slices(self, instruction: Instruction) -> Traffic:
+        """What the runtime of several slices of TPUs brings: collectives between them are transfers of the hosts."""
+        kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+        if instruction.opcode != "recv" or kind is None:
+            return Traffic()
+        size, slices = element_bytes(instruction.shape)[0], len(set(self._islands))
+        received = size * (2 * (slices - 1) / slices if kind == "ALL_REDUCE" else 1)
+        return Traffic(network=received, by_kind=((kind.lower().replace("_", "-"), received),))
 
     def _moved(self, computation: str, instruction: Instruction) -> Traffic:
         """What a device receives. F being the whole of what a group of n devices gathers or reduces, in m islands of k:
@@ -138,8 +146,10 @@ class _Counter:
         return tuple(self._used(computation, x.name) for x in sorted(parameters, key=lambda x: int(x.rest)))
 
     def _used(self, computation: str, name: str) -> float:
-        total = 0.0
-        for user in self._module.computations[computation].values():
+        instructions, total = self._module.computations[computation], 0.0
+        if instructions[name].root:  # who uses it is outside
+            return math.inf
+        for user in instructions.values():
             for position in (i for i, operand in enumerate(user.operands) if operand == name):
                 if user.opcode in _SLICES and position == 0:
                     total += sum(element_bytes(user.shape))

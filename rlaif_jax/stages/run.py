@@ -61,8 +61,9 @@ class Run:
     @property
     def judge_placement(self) -> Placement:
         """Where judges live: on the devices of this process alone, which labels rows of its own."""
-        config = self.config.mesh.judge
-        return Placement(make_mesh(config, jax.local_devices()), config.replicated)
+        config, here = self.config.mesh.judge, jax.process_index()
+        devices = [device for device in self.placement.mesh.devices.flat if device.process_index == here]
+        return Placement(make_mesh(config, devices), config.replicated)
 
     def waiting(self, role: str, tree):
         """The parameters of a role as they wait between uses, before each of which `to_device` is called."""
@@ -170,8 +171,8 @@ def _key(numbers: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stage), step)
 
 
-def open_run(config: Config, workdir: epath.Path) -> Run:
-    """The run of a config in a folder, or in that of a sweep's cell.
+def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = None) -> Run:
+    """The run of a config in a folder, or in that of a sweep's cell, on all devices or on these.
 
     Raises UserError where config, devices and models do not fit together.
     """
@@ -181,7 +182,7 @@ def open_run(config: Config, workdir: epath.Path) -> Run:
             f"{processes.count()}: start it with launch/tpu_pod.sh, or give --coordinator, --processes and --process"
         )
     with blame("mesh"):
-        mesh = make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh, devices)
     run = Run(config, workdir, Placement(mesh, config.mesh.replicated), cell_stages(workdir))
     with blame("mesh.judge"):
         judge_mesh = run.judge_placement.mesh
