@@ -17,6 +17,7 @@ from ml_collections import config_dict
 SHAPES = {"1b": "llama-3.2-1b", "8b": "llama-3.1-8b", "70b": "llama-3.1-70b"}
 MACHINES = ("gpu", "v5e", "v5p", "v6e")
 WORDS = (*SHAPES, *MACHINES)
+_WHOLE_SLICE = ("v5e", "v6e")  # their compiler refuses programs on a part of a slice
 _WAITING = ("reference", "reward_model", "judge")
 _BATCH = 256  # rows of each stage: over 128 devices beside `tensor`, in two parts
 
@@ -64,7 +65,8 @@ def preset(config: config_dict.ConfigDict, words: Sequence[str]) -> None:
     chosen, shape = PRESETS[size, machine], f"shape:{SHAPES[size]}"
     config.mesh.data = config.mesh.get_oneway_ref("slices")
     config.mesh.update(fsdp=-1, tensor=chosen.tensor, offload=chosen.offload)
-    config.mesh.judge.update(data=-1, tensor=chosen.judge_tensor)
+    spans = "all" if machine in _WHOLE_SLICE else "process"
+    config.mesh.judge.update(spans=spans, data=-1, tensor=chosen.judge_tensor)
     config.policy.weights = config.judge.weights = shape
     attention = "auto" if machine == "gpu" else "splash"
     config.policy.model.update(remat=chosen.remat, dtype="bfloat16", attention=attention)

@@ -79,7 +79,14 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         sequence=1,
         replicated=(),  # logical axes that may stay whole where they do not divide
         offload=(),  # whose parameters wait in host memory between uses
-        judge=group(data=-1, fsdp=1, tensor=1, sequence=1, replicated=()),  # of the devices of one process
+        judge=group(
+            spans="process",  # the devices of each process; "all": of all together
+            data=-1,
+            fsdp=1,
+            tensor=1,
+            sequence=1,
+            replicated=(),
+        ),
     )
     config.data = group(
         root=".",

@@ -106,6 +106,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("*.max_unscored_rate sl_cai.helpful_share", "from 0 to below 1", lambda x: 0 <= x < 1),
     ("stages", f"some of {', '.join(STAGES)}, in this order", _in_order),
     ("seed", "from 0 to 2147483647, or -1", lambda x: 0 <= x < 2**31),
+    ("mesh.judge.spans", "process or all", lambda x: x in ("process", "all")),
     ("mesh.offload", f"of {', '.join(OFFLOADED)}", lambda x: all(name in OFFLOADED for name in x)),
     ("mesh.replicated mesh.judge.replicated", f"of {', '.join(RULES)}", lambda x: all(name in RULES for name in x)),
     ("data.layout", f"one of {', '.join(LAYOUTS)}", lambda x: x in LAYOUTS),

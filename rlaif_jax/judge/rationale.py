@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlaif_jax.data.encoding import texts_to_tokens
 from rlaif_jax.judge.prompts import Template
 from rlaif_jax.models.transformer import LanguageModel, unembedding
+from rlaif_jax.parallel.processes import put
 from rlaif_jax.sampling.continuous import Sampler, SamplerConfig, Slots, sample
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.stopping import cut, make_stopping
@@ -90,6 +91,7 @@ def reason(
     A rationale depends on its prompt, on the prompt's id and on the sample's number.
     """
     sampler, verdict, samples = reasoner.sampler, reasoner.verdict, reasoner.samples
+    whole = sampler.placement.whole
     row_ids = [samples * i + sample for i in prompt_ids for sample in range(samples)]
     tree = [np.array(x, np.int32) for x in (verdict.tokens, verdict.positions, verdict.ends, verdict.asked_after)]
     conclude = functools.partial(
@@ -97,11 +99,12 @@ def reason(
         sampler.model,
         sampler.parameters,
         prefixes=sampler.prefixes,
-        tree=jax.device_put(tree, sampler.placement.whole),
-        asked=jax.device_put(np.array(verdict.asked_token, np.int32), sampler.placement.whole),
+        tree=[put(x, whole) for x in tree],
+        asked=put(np.array(verdict.asked_token, np.int32), whole),
         eos=sampler.stopping.eos_token_ids,
     )
-    for row, reply in sample(sampler, prompts, jax.random.key(reasoner.seed), row_ids, conclude=conclude):
+    key = jax.jit(jax.random.key, out_shardings=whole)(reasoner.seed)
+    for row, reply in sample(sampler, prompts, key, row_ids, conclude=conclude):
         text = reasoner.tokenizer.decode(reply.tokens, skip_special_tokens=True)
         stops, count = reasoner.template.reasoning.stop, len(reasoner.template.questions)
         scores = sum_by_choice(reply.conclusion, (1 + len(stops)) * count, reasoner.choices)

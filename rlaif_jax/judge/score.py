@@ -107,6 +107,11 @@ class Judge:
             "template_hash": self.template.digest,
         }
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether its programs are on devices of several processes, which then judge all together."""
+        return self.scorer.placement.mesh.is_multi_process
+
     def on_its_mesh(self):
         """The context of the judge's programs: its mesh is not that of the stage which asks it."""
         return jax.set_mesh(self.scorer.placement.mesh)
@@ -227,6 +232,8 @@ def judge_pairs(
 
 def judge_live(judge: Judge, pairs: Sequence[Pair], plan: Plan, ids: Sequence[int]) -> list[Judgement]:
     """As `judge_pairs`; of several processes each judges a part, and all get the whole."""
+    if judge.everywhere:
+        return judge_pairs(judge, pairs, plan, ids)
 
     def judged(pairs: Sequence[Pair], ids: Sequence[int]) -> list[dict]:
         return list(map(dataclasses.asdict, judge_pairs(judge, pairs, plan, ids)))
@@ -324,7 +331,9 @@ def rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> np.n
     Of several processes each rates a part, and all get the whole. Returns [n] float64; NaN for what is too long for the
     judge, or scored as not finite.
     """
-    return np.array(processes.parted(prompts, functools.partial(_rate, judge), responses), float)
+    work = functools.partial(_rate, judge)
+    found = work(prompts, responses) if judge.everywhere else processes.parted(prompts, work, responses)
+    return np.array(found, float)
 
 
 def _rate(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:

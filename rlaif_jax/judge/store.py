@@ -80,7 +80,7 @@ def label(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, description: 
     all shards there writes the table; the processes of one command share the shards in the same way. Raises UserError
     where a committed shard is damaged, and where more than `judge.max_failure_rate` of the pairs failed.
     """
-    if processes.count() > 1:
+    if processes.count() > 1 and not judge.everywhere:
         worker = Worker(processes.index(), processes.count())
     own = _judge_shards(judge, pairs, folder, description, worker)
     every = processes.gather(own._asdict())
@@ -141,11 +141,12 @@ def _judge_shards(judge: Judge, pairs: Sequence[Pair], folder: epath.Path, descr
             for i in mine:
                 began = time.perf_counter()
                 table = _judge(judge, pairs, batches[i], plan, known, bar.update)
-                path = write_checked_parquet(shards, f"{i:05d}", table)
+                path = _commit(judge, shards, f"{i:05d}", table)
                 names.append(path.name)
                 known.add(path, table)
-                _note_time(folder, worker, i, table, time.perf_counter() - began)
-                if processes.stop_wanted():
+                if not judge.everywhere or processes.first():
+                    _note_time(folder, worker, i, table, time.perf_counter() - began)
+                if processes.stop_point() if judge.everywhere else processes.stop_wanted():
                     return _Judged(names, stopped=True)
     return _Judged(names, stopped=False)
 
@@ -162,7 +163,9 @@ class Known:
         self._shared: epath.Path | None = None
         if judge.config.cache and self._on:
             self._shared = epath.Path(judge.config.cache) / _identity(judge)
-            for path, table in read_shards(self._shared, _REMEDY):
+            folder = self._shared
+            names = processes.agree(lambda: shard_names(folder))
+            for path, table in read_shards(self._shared, _REMEDY, names):
                 self.add(path, table)
 
     def key(self, judge: Judge, row: int, pair: Pair) -> tuple:
@@ -216,7 +219,8 @@ def _judge(judge: Judge, pairs, rows: Sequence[int], plan: Plan, known: Known, o
     judged = [_row(judge, row, pairs[row], judgement) for row, judgement in zip(fresh, judgements, strict=True)]
     mended = _alone(judge, pairs, [row["row"] for row in judged if row["status"] in _RETRIED])
     judged = [mended.get(row["row"], row) for row in judged]
-    known.share(_table(judged))
+    if not judge.everywhere or processes.first():
+        known.share(_table(judged))
     found |= {keys[row["row"]]: row for row in judged}
     on_prompts(2 * (len(rows) - len(fresh)))
     texts = {row: dataclasses.asdict(pairs[row]) for row in rows}
@@ -238,7 +242,14 @@ def _retry(judge: Judge, pairs, rows: Sequence[int], shards: epath.Path) -> list
     if not (mended := _alone(judge, pairs, rows)):
         return []
     stem = f"retry-{time.time_ns()}-{rows[0]}"
-    return [write_checked_parquet(shards, stem, _table(list(mended.values()))).name]
+    return [_commit(judge, shards, stem, _table(list(mended.values()))).name]
+
+
+def _commit(judge: Judge, shards: epath.Path, stem: str, table: pa.Table) -> epath.Path:
+    """Writes a shard: the process that has judged it, or the first of all that have."""
+    if judge.everywhere:
+        return shards / processes.agree(lambda: write_checked_parquet(shards, stem, table).name)
+    return write_checked_parquet(shards, stem, table)
 
 
 def _is_retry(name: str) -> bool:

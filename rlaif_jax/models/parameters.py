@@ -68,7 +68,7 @@ def move_parameters(model: nn.Module, parameters, placement: Placement):
     half = _matrices_in(parameters, model.config.dtype)
     if processes.count() == 1:
         return jax.device_put(half, placement.parameters(model))
-    return jax.tree.map(lambda x, to: jax.device_put(_whole(x), to), half, placement.parameters(model))
+    return jax.tree.map(lambda x, to: processes.put(_whole(x), to), half, placement.parameters(model))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

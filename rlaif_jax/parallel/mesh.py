@@ -53,16 +53,25 @@ class AxesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeMeshConfig(AxesConfig):
+    """The mesh of judges."""
+
+    # "process": over the devices of each process, which labels rows of its own; "all": one over all devices, for TPUs
+    # that run no program on a part of their slice (v5e, v6e) and for a judge that no single process has room for.
+    spans: str
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig(AxesConfig):
     """The mesh of all devices, on which policy, reference, value network and reward model live, and that of judges."""
 
     slices: int  # TPU slices, or groups of GPU nodes with slower links between them; `data` is split over them first
     offload: tuple[str, ...]  # of OFFLOADED: whose parameters wait in host memory between uses
-    judge: AxesConfig  # of the devices of one process: each labels rows of its own
+    judge: JudgeMeshConfig
 
 
-def make_mesh(config: AxesConfig, devices: Sequence | None = None) -> Mesh:
-    """The mesh of all devices, or of these, which may be those of an ahead-of-time topology.
+def make_mesh(config: AxesConfig, devices: Sequence | None = None, slices: int = 1) -> Mesh:
+    """The mesh of all devices, or of these, which may be those of an ahead-of-time topology, in so many slices.
 
     A slice holds consecutive devices. On TPUs the axes follow the wires within it.
     Raises ValueError where the sizes do not multiply to the device count, and for slices that do not fit.
@@ -79,7 +88,7 @@ def make_mesh(config: AxesConfig, devices: Sequence | None = None) -> Mesh:
         raise ValueError(
             f"a mesh of {shape} needs {math.prod(sizes)} devices, but there are {len(devices)}: change its sizes"
         )
-    slices = config.slices if isinstance(config, MeshConfig) else 1
+    slices = config.slices if isinstance(config, MeshConfig) else slices
     shape = sizes[0] // slices, *sizes[1:]
     # Slices are along `data`, and nothing else is: what is summed over them is a gradient, once a step.
     blocks = [

@@ -16,6 +16,7 @@ from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.models.transformer import LanguageModel, unembedding
 from rlaif_jax.parallel.mesh import batch_ways, shard_batch
+from rlaif_jax.parallel.processes import to_host
 from rlaif_jax.sampling.buckets import bucket_of
 
 Tokens = Sequence[int]
@@ -103,7 +104,7 @@ def score_trees(
 
 
 def _fetch(trees: Sequence[Tree], chosen: list[int], scores: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
-    for i, row in zip(chosen, jax.device_get(scores), strict=False):  # the last rows may be padding
+    for i, row in zip(chosen, to_host(scores), strict=False):  # the last rows may be padding
         yield i, row[: len(trees[i].asked_token)]
 
 

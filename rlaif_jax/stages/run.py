@@ -60,10 +60,12 @@ class Run:
 
     @property
     def judge_placement(self) -> Placement:
-        """Where judges live: on the devices of this process alone, which labels rows of its own."""
+        """Where judges live: on the devices of this process alone, which labels rows of its own, or on all."""
         config, here = self.config.mesh.judge, jax.process_index()
-        devices = [device for device in self.placement.mesh.devices.flat if device.process_index == here]
-        return Placement(make_mesh(config, devices), config.replicated)
+        devices, slices = [*self.placement.mesh.devices.flat], self.config.mesh.slices
+        if config.spans == "process":
+            devices, slices = [device for device in devices if device.process_index == here], 1
+        return Placement(make_mesh(config, devices, slices), config.replicated)
 
     def waiting(self, role: str, tree):
         """The parameters of a role as they wait between uses, before each of which `to_device` is called."""

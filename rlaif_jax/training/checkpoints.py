@@ -103,7 +103,7 @@ class Checkpoints:
         """Waits for Orbax, in a thread of its own."""
         with self._swept():
             self._manager.wait_until_finished()
-        names = processes.agree(lambda: _files(self.folder / str(step)), name)
+        names = processes.agree(lambda: _files(self.folder / str(step)), f"{name}/files")
         mine = names[processes.index() :: processes.count()]
         hashes = file_hashes([self.folder / str(step) / name for name in mine])
         parts = processes.gather(dict(zip(mine, hashes, strict=True)), f"{name}/parts")
