@@ -12,7 +12,7 @@ from absl import flags
 from etils import epath
 
 from rlaif_jax.commands import open_folder, parse_flags, run_command
-from rlaif_jax.config import parse
+from rlaif_jax.config import flatten, parse
 from rlaif_jax.errors import UserError, room_in
 from rlaif_jax.evaluation.principles import FOLDER as PRINCIPLES
 from rlaif_jax.files import read_parquet, remove_leftovers, write_json
@@ -68,7 +68,9 @@ def _main(argv: list[str]) -> int:
             raise UserError(f"--worker is for one stage alone: --stages={' or '.join(labelling) or 'label'}")
         run = dataclasses.replace(run, worker=_worker(options.worker))
     stages = plan(run, list(every) if options.stages is None else options.stages)
+    given = flatten(run.config) | {"--stages": stages}
     with room_in(run.workdir), jax.set_mesh(run.placement.mesh), processes.heeding_sigterm():
+        processes.check_alike(given, run.workdir)
         if run.worker.count == 1:
             remove_leftovers(run.workdir)
         write_json(run.workdir / "config.json", run_record(run.config))

@@ -34,7 +34,9 @@ def _main(argv: list[str]) -> int:
     options = parse_flags(argv, _USAGE, flags.FlagValues())
     sweep, root = parse(options.config.to_dict(), SweepConfig), open_folder(options.workdir)
     cells = make_cells(sweep, root)
-    write_json(root / "sweep.json", run_record(sweep))
+    record = run_record(sweep)
+    processes.check_alike(record["config"], root)
+    write_json(root / "sweep.json", record)
     with room_in(root), processes.heeding_sigterm():
         outcome = run_cells(cells, root)
     done = [cell for cell in cells if cell.path not in outcome.errors]

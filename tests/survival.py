@@ -52,14 +52,15 @@ class Command:
         command = [sys.executable, "-m", "rlaif_jax.main", *self.flags, f"--workdir={workdir}", *more]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def start_several(self, workdir, count: int, devices: int, *more: str) -> list[subprocess.Popen]:
-        """So many processes of one run, each with so many devices."""
+    def start_several(self, workdir, count: int, devices: int, *more: str, own=()) -> list[subprocess.Popen]:
+        """So many processes of one run, each with so many devices. own: the flags that each has for itself."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         flags = [f"--coordinator={address}", f"--processes={count}"] if count > 1 else []
         return [
-            self.start(workdir, *flags, *([f"--process={i}"] if flags else []), *more, devices=devices)
+            self.start(workdir, *flags, *([f"--process={i}"] if flags else []), *more, *(own[i] if own else []),
+                       devices=devices)  # fmt: skip
             for i in range(count)
         ]
 

@@ -89,23 +89,26 @@ def make_mesh(config: AxesConfig, devices: Sequence | None = None, slices: int =
             f"a mesh of {shape} needs {math.prod(sizes)} devices, but there are {len(devices)}: change its sizes"
         )
     slices = config.slices if isinstance(config, MeshConfig) else slices
+    if slices < 1 or sizes[0] % slices:
+        raise ValueError(
+            f"slices={slices} must be positive and divide data={sizes[0]}, which is split over slices first: "
+            "set data to a multiple"
+        )
     shape = sizes[0] // slices, *sizes[1:]
     # Slices are along `data`, and nothing else is: what is summed over them is a gradient, once a step.
     blocks = [
         mesh_utils.create_device_mesh(shape, block, allow_split_physical_axes=True)
-        for block in _slices(devices, slices, sizes[0])
+        for block in _slices(devices, slices)
     ]
     return Mesh(np.concatenate(blocks), MESH_AXES)
 
 
-def _slices(devices: list, count: int, data: int) -> list[list]:
+def _slices(devices: list, count: int) -> list[list]:
     """The devices of each slice. Devices that name no slices are in one, or in consecutive blocks of equal size."""
     devices = sorted(devices, key=_slice_index)
     named = len({_slice_index(device) for device in devices})
     if devices[0].platform == "tpu" and named != count:
         raise ValueError(f"slices={count}, but the devices are in {named}: set slices={named}")
-    if count < 1 or data % count:
-        raise ValueError(f"slices={count} must divide data={data}, which is split over slices first")
     size = len(devices) // count
     return [devices[start : start + size] for start in range(0, len(devices), size)]
 

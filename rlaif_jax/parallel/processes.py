@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 
 # The coordination service that comes with jax.distributed; the public API starts it and gives no access to it.
 from jax._src import distributed as _jax_distributed
@@ -32,6 +34,7 @@ _FLAGS = ("coordinator", "processes", "process")
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PORT = 8476  # of the coordinator, where the environment names hosts alone and no JAX_COORDINATOR_PORT
 _START_SECONDS = 300  # in which all processes must have come
+_PATIENT_SECONDS = 10  # after which one that waits for them says so
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; the watch ends whoever waits for a process that is gone
 
 
@@ -119,13 +122,23 @@ def start(place: Place | None) -> None:
         return
     jax.config.update("jax_enable_preemption_service", False)  # `stop_point` is told of SIGTERM by the watch
     who = f"process {place.index} of {place.count}"
+    text = f"rlaif_jax: {who} waits for the others at {place.coordinator}, {_START_SECONDS} s at most"
+    waiting = threading.Timer(_PATIENT_SECONDS, print, [text], {"file": sys.stderr, "flush": True})
+    waiting.daemon = True
+    waiting.start()
     if place.index and not wait_for_service(place.coordinator, _START_SECONDS):  # JAX would abort
         raise NotYet(f"{who} finds no process 0 at {place.coordinator} in {_START_SECONDS} s: see whether it runs")
-    explain_abort(lambda: f"{who} has not met all others at {place.coordinator} in {_START_SECONDS} s")
+    explain_abort(
+        lambda: (
+            f"{who} could not join the others at {place.coordinator}: one is missing after {_START_SECONDS} s, or two "
+            "have the same number"
+        )
+    )
     jax.distributed.initialize(
         place.coordinator, place.count, place.index,
         cluster_detection_method="deactivate", initialization_timeout=_START_SECONDS,
     )  # fmt: skip
+    waiting.cancel()
     _watch = Watch(_client(), place.coordinator, place.index, place.count)
     _watch.begin()
     if place.index:
@@ -219,6 +232,34 @@ def gather(value: Value, name: str = "") -> list[Value]:
     return [json.loads(found[f"{key}/{i}"]) for i in range(count())]
 
 
+def check_alike(given: Mapping[str, Any], folder: epath.Path) -> None:
+    """Raises UserError, in all, where the processes were given different things, or do not share a folder.
+
+    given: what JSON can hold, by the names that users know.
+    """
+    if not _others():
+        return
+    everybody = gather(dict(given))
+    for other, theirs in enumerate(everybody):
+        for name, value in everybody[0].items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"process {other} was given {name}={theirs.get(name)!r} and process 0 {value!r}: give all the same"
+                )
+    token = folder / f"{agree(lambda: secrets.token_hex(8))}.tmp"
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.write_text("")
+
+    agree(write)
+    blind = [other for other, sees in enumerate(gather(token.exists())) if not sees]
+    agree(token.unlink)
+    if blind:
+        raise UserError(f"process {blind[0]} does not see what process 0 writes to {folder}: name a disk or bucket for "
+                        "--workdir that all share")  # fmt: skip
+
+
 def parted(items: Sequence, work: Callable[..., Sequence], *others: Sequence) -> list:
     """`work(items, *others)`, one result an item, each process on its own run of items; all get all results.
 
@@ -292,7 +333,7 @@ def heeding_sigterm() -> Iterator[None]:
         return
     hearing, told = socket.socketpair()
     told.setblocking(False)
-    handler = signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
     before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     listener = threading.Thread(target=_hear_sigterm, args=(hearing,), daemon=True)
     listener.start()
@@ -309,10 +350,13 @@ def heeding_sigterm() -> Iterator[None]:
 
 def _hear_sigterm(hearing: socket.socket) -> None:
     while number := hearing.recv(1):
-        if number[0] == signal.SIGTERM:
-            _terminated.set()
-            if _watch:
-                _watch.ask_to_stop()
+        if number[0] != signal.SIGTERM:
+            continue
+        if _terminated.is_set():
+            os._exit(128 + signal.SIGTERM)
+        _terminated.set()
+        if _watch:
+            _watch.ask_to_stop()
 
 
 def stop_point() -> bool:

@@ -181,7 +181,7 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
     if jax.process_count() != processes.count():
         raise UserError(
             f"JAX finds the devices of {jax.process_count()} processes, and this command was told of "
-            f"{processes.count()}: start it with launch/tpu_pod.sh, or give --coordinator, --processes and --process"
+            f"{processes.count()}: start it with launch/tpu_pod.sh, or give all the same --processes and --coordinator"
         )
     with blame("mesh"):
         mesh = make_mesh(config.mesh, devices)

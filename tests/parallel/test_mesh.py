@@ -82,8 +82,10 @@ def test_devices_that_name_their_slice_are_grouped_by_it():
 
 
 def test_slices_that_do_not_fit_are_an_error():
-    with pytest.raises(ValueError, match="slices=4 must divide data=2"):
+    with pytest.raises(ValueError, match="slices=4 must be positive and divide data=2"):
         make_mesh(mesh_config(slices=4, data=2, fsdp=4))
+    with pytest.raises(ValueError, match="slices=0 must be positive"):
+        make_mesh(mesh_config(slices=0, data=2, fsdp=4))
     chips = [Chip(i, i // 4, "tpu") for i in range(8)]
     with pytest.raises(ValueError, match="slices=1, but the devices are in 2: set slices=2"):
         make_mesh(mesh_config(slices=1, data=2, fsdp=4), chips)

@@ -6,6 +6,7 @@ import signal
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from rlaif_jax.errors import AGAIN
@@ -15,6 +16,7 @@ from tests.twins import assert_alike
 
 pytestmark = pytest.mark.slow
 SHORTER = ("policy.max_response_length=48", "rl.steps=4", "rl.rollout_lag=1", "rl.kl.target=1.0", "rl.kl.horizon=64.0")
+SCORES = ("prob_a_forward", "prob_a_reversed", "answer_mass")
 ORDER = ("sft", "label", "reward_model", "rl", "eval")
 
 
@@ -69,11 +71,28 @@ def test_two_processes_end_together_and_go_on_to_the_same_result(tmp_path, comma
     assert_same(tmp_path, two_processes)
 
 
-def test_what_goes_wrong_in_one_process_ends_all_with_its_line(tmp_path, command):
-    processes = command.start_several(tmp_path, 2, 2, "--stages=sft", "--config.sft.stepz=3")
-    (status, error), (other, quiet) = ended(processes, timeout=60)
-    assert status == other == 2
-    assert error.count("did you mean") == 1 and "Traceback" not in error + quiet
+def test_one_judge_of_all_processes_says_what_the_judge_of_each_does(tmp_path, command, two_processes):
+    shutil.copytree(two_processes / "sft", tmp_path / "run" / "sft")
+    together = "--config.mesh.judge.spans=all"
+    status, error = command.run(tmp_path / "run", "--stages=label", together, count=2, devices=2)
+    assert status == 0, error
+    one, other = (pq.read_table(run / "label" / "preferences.parquet") for run in (tmp_path / "run", two_processes))
+    np.testing.assert_allclose(one["prob_a"].to_numpy(), other["prob_a"].to_numpy(), atol=1e-5)
+    assert one.drop(["prob_a", *SCORES]).equals(other.drop(["prob_a", *SCORES]))
+
+
+def test_processes_that_were_given_different_things_end_with_one_line(tmp_path, command):
+    def outcome(*own):
+        processes = command.start_several(tmp_path, 2, 1, "--stages=sft", own=own)
+        (status, error), (other, quiet) = ended(processes, timeout=120)
+        assert status == other == 2 and "Traceback" not in error + quiet
+        return error.strip().splitlines()[-1]
+
+    assert "did you mean" in outcome(["--config.sft.stepz=3"], ["--config.sft.stepz=3"])
+    line = outcome([], ["--config.sft.steps=5"])
+    assert line == "rlaif_jax: process 1 was given sft.steps=5 and process 0 4: give all the same"
+    line = outcome([f"--workdir={tmp_path / 'a'}"], [f"--workdir={tmp_path / 'b'}"])
+    assert "process 1 does not see what process 0 writes" in line and "that all share" in line
 
 
 def losses(workdir):
