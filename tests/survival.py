@@ -58,10 +58,10 @@ class Command:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         flags = [f"--coordinator={address}", f"--processes={count}"] if count > 1 else []
+        numbers = [[f"--process={i}"] if flags else [] for i in range(count)]
         return [
-            self.start(workdir, *flags, *([f"--process={i}"] if flags else []), *more, *(own[i] if own else []),
-                       devices=devices)  # fmt: skip
-            for i in range(count)
+            self.start(workdir, *flags, *number, *more, *(own[i] if own else []), devices=devices)
+            for i, number in enumerate(numbers)
         ]
 
     def run(self, workdir, *more: str, count: int = 1, devices: int = 1) -> tuple[int, str]:
