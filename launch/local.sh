@@ -24,7 +24,8 @@ shift
 
 gpus=()
 if [ "${JAX_PLATFORMS:-}" != cpu ]; then
-  listed="${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}"
+  listed="${CUDA_VISIBLE_DEVICES-$({ nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true; } |
+    paste -sd, -)}"
   IFS=', ' read -r -a gpus <<< "$listed"
 fi
 if [ $((${#gpus[@]} % count)) != 0 ]; then

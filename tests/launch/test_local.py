@@ -38,6 +38,14 @@ def test_processes_share_the_gpus(launcher, count, shares):
     assert sorted(line.split()[-1] for line in done.stdout.splitlines() if line.startswith("[")) == shares
 
 
+def test_without_a_working_nvidia_smi_there_are_no_gpus(launcher):
+    (launcher.state / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho failed >&2\nexit 127\n")
+    (launcher.state / "bin" / "nvidia-smi").chmod(0o755)
+    done = launcher.run(LOCAL, 1, "bash", "-c", SHOW, JAX_PLATFORMS="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" with all\n")
+
+
 def test_gpus_that_can_not_be_shared_are_an_error(launcher):
     done = launcher.run(LOCAL, 2, "true", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="0,1,2")
     assert done.returncode == 2
