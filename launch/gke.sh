@@ -30,18 +30,26 @@ fail() {
   exit 2
 }
 
+# The flag $1 is a number.
+positive() {
+  [[ "${flag[$1]}" =~ ^[1-9][0-9]*$ ]] || fail "--$1=${flag[$1]} must be a positive whole number"
+}
+
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then dry_run=true; shift; fi
 name="${1:-}"
-[[ "$name" =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
+[[ -n "$name" && "$name" != -* ]] ||
   fail "usage: bash launch/gke.sh [--dry-run] NAME --image=IMAGE --accelerator=TYPE FLAG... -- COMMAND..."
+[[ "$name" =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
+  fail "NAME is $name, but must be of lower-case letters, digits and -, begin with a letter and not end with -"
 shift
-declare -A flag=([image]='' [accelerator]='' [topology]='' [chips]='' [slices]=1 [hosts]=1 [claim]='' [mount]=/data
+declare -A flag=([image]='' [accelerator]='' [topology]='' [chips]='' [slices]=1 [hosts]='' [claim]='' [mount]=/data
   [service-account]=default [restarts]=100 [namespace]='' [seeds]='')
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   key=${1%%=*}
   key=${key#--}
   [[ "$1" = --*=* && -v "flag[$key]" ]] || fail "unknown argument $1: see the beginning of launch/gke.sh"
+  [ -n "${1#*=}" ] || fail "$1 has no value"
   flag[$key]=${1#*=}
   shift
 done
@@ -49,7 +57,16 @@ done
 shift
 [ -n "${flag[image]}" ] || fail "--image is missing"
 [ -n "${flag[accelerator]}" ] || fail "--accelerator is missing"
+[[ -z "${flag[seeds]}" || "${flag[seeds]}" =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+  fail "--seeds=${flag[seeds]} must be whole numbers with a comma between them, e.g. 0,1,2"
 [[ -z "${flag[seeds]}" || "$*" = *%a* ]] || fail "--seeds needs %a in the command, e.g. --config.seeds=%a"
+[[ -n "${flag[seeds]}" || "$*" != *%a* ]] || fail "%a in the command needs --seeds, e.g. --seeds=0,1,2"
+workdir='[[:space:]]--workdir[=[:space:]]([^[:space:]]*)'
+if [[ " $*" =~ $workdir ]]; then
+  workdir=${BASH_REMATCH[1]}
+  [[ "$workdir" = gs://* || ( -n "${flag[claim]}" && "$workdir" = "${flag[mount]%/}"/* ) ]] ||
+    fail "--workdir=$workdir would end with the pods: take gs://BUCKET/..., or --claim=CLAIM and ${flag[mount]%/}/..."
+fi
 kubectl=(kubectl)
 [ -z "${flag[namespace]}" ] || kubectl+=("--namespace=${flag[namespace]}")
 
@@ -58,7 +75,10 @@ case "${flag[accelerator]}" in
     left_out=(gpu)
     flag[chips]=${flag[chips]:-4}
     topology=${flag[topology]}
-    [[ "$topology" =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "--topology=$topology must be that of a TPU slice, e.g. 4x4"
+    [ -n "$topology" ] || fail "--topology is missing: that of the TPU slice, e.g. 4x4"
+    [[ "$topology" =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || fail "--topology=$topology must be that of a TPU slice, e.g. 4x4"
+    [ -z "${flag[hosts]}" ] || fail "--hosts is for GPUs: the number of TPU machines follows from --topology and --chips"
+    positive chips
     chips=$((${topology//x/*}))
     [ $((chips % flag[chips])) = 0 ] || fail "--chips=${flag[chips]} a machine don't divide the $chips of $topology"
     flag[hosts]=$((chips / flag[chips]))
@@ -66,9 +86,13 @@ case "${flag[accelerator]}" in
   *)
     left_out=(tpu)
     flag[chips]=${flag[chips]:-8}
+    flag[hosts]=${flag[hosts]:-1}
+    [ -z "${flag[topology]}" ] || fail "--topology is for TPUs: the number of GPU machines is --hosts"
     [ "${flag[slices]}" = 1 ] || fail "--slices is for TPUs: the number of GPU machines is --hosts"
     ;;
 esac
+for key in chips slices hosts; do positive "$key"; done
+[[ "${flag[restarts]}" =~ ^(0|[1-9][0-9]*)$ ]] || fail "--restarts=${flag[restarts]} must be a whole number"
 [ -n "${flag[claim]}" ] || left_out+=(volume)
 
 # A YAML list of the words $2..., with %a as $1. "$(" would be a reference to a variable to Kubernetes.
@@ -121,7 +145,7 @@ IFS=, read -r -a list <<< "${flag[seeds]}"
 names=()
 for seed in "${list[@]}"; do
   names+=("$name${seed:+-$seed}")
-  jobset=$(render "${names[-1]}" "$(yaml_list "${seed:-%a}" "$@")")
+  jobset=$(render "${names[-1]}" "$(yaml_list "$seed" "$@")")
   if $dry_run; then
     printf -- '---\n%s\n# to: %s apply --filename=-\n' "$jobset" "${kubectl[*]}"
     printf '# then: %s logs --follow --selector=%s\n' "${kubectl[*]}" "$(first_pod "${names[-1]}")"

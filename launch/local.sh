@@ -21,10 +21,17 @@ if [ $# -lt 2 ] || ! [[ "$1" =~ ^[1-9][0-9]*$ ]]; then
 fi
 count=$1
 shift
+whole='^(0|[1-9][0-9]*) (0|[1-9][0-9]*)$'
+if ! [[ "${GRACE:-60} ${RESTARTS:-0}" =~ $whole ]]; then
+  echo "local: GRACE=${GRACE:-60} and RESTARTS=${RESTARTS:-0} must be whole numbers" >&2
+  exit 2
+fi
+if [[ "$1" = -* ]]; then echo "local: $1 is no command: flags come before N" >&2; exit 2; fi
 
 gpus=()
 if [ "${JAX_PLATFORMS:-}" != cpu ]; then
-  listed="${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}"
+  listed="${CUDA_VISIBLE_DEVICES-$({ nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true; } |
+    paste -sd, -)}"
   IFS=', ' read -r -a gpus <<< "$listed"
 fi
 if [ $((${#gpus[@]} % count)) != 0 ]; then
@@ -67,25 +74,26 @@ logs="${logs:-$(mktemp -d -t rlaif_jax.XXXXXX)}"
 mkdir -p "$logs"
 echo "local: logs in $logs"
 
-# Starts all processes and waits for them; sets `status` to what they come to.
+# Starts all processes and waits for them; sets `status` to what they come to. Each is in a session of its own, or a
+# SIGTERM to the group of this script would come to them twice, and the second one kills. What else runs here outlives it.
 run_once() {
-  local i port pid code deadline='' left told=0
-  pids=() status=0
+  local i port code deadline='' told=0
+  status=0
   port=$(free_port)
   for ((i = 0; i < count; i++)); do
     set_variables "$i" "$port"
-    env "${variables[@]}" "$@" > >(tee -a "$logs/process$i.log" | sed -u "s/^/[$i] /") 2>&1 &
-    pids+=($!)
+    setsid env "${variables[@]}" "$@" \
+      > >(trap '' TERM INT HUP; tee -a "$logs/process$i.log" | sed -u "s/^/[$i] /") 2>&1 &
+    pids[i]=$!
   done
   while [ ${#pids[@]} != 0 ]; do
-    left=()
-    for pid in "${pids[@]}"; do
-      if kill -0 "$pid" 2>/dev/null; then left+=("$pid"); continue; fi
+    for i in "${!pids[@]}"; do
+      if kill -0 "${pids[i]}"; then continue; fi
       code=0
-      wait "$pid" || code=$?
-      take "$code"
+      wait "${pids[i]}" || code=$?
+      unset "pids[i]"
+      take "$i" "$code"
     done
-    pids=("${left[@]}")
     if [ "$told" -lt "$asked" ]; then
       told=$asked
       end_all TERM
@@ -95,21 +103,23 @@ run_once() {
       [ "$status" = 75 ] || end_all TERM  # with 75 they are saving, and a second SIGTERM would kill them
     fi
     if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then end_all KILL; fi
-    sleep 0.1
-  done
+    sleep 0.1 || true
+  done 3>&2 2>/dev/null  # where bash would report who was killed
 }
 
-# Status $1 of a process. An error beats the 75 of others; a process that was killed is lost.
+# Process $1 ended with status $2. An error beats the 75 of others; a process that was killed is lost.
 take() {
-  if [ "$1" = 0 ]; then return; fi
-  echo "local: a process ended with status $1" >&2
-  if [ "$status" = 0 ] || [ "$status" = 75 ]; then status=$(($1 > 128 ? 75 : $1)); fi
+  if [ "$2" = 0 ]; then return; fi
+  echo "local: process $1 ended with status $2" >&3
+  if [ "$status" = 0 ] || [ "$status" = 75 ]; then status=$(($2 > 128 ? 75 : $2)); fi
 }
 
 end_all() {
   [ ${#pids[@]} = 0 ] || kill "-$1" "${pids[@]}" 2>/dev/null || true
 }
 
+pids=()  # of the processes that run, by their numbers
+trap 'end_all TERM' EXIT
 asked=0  # how often to stop
 trap '((++asked))' TERM INT HUP
 for ((attempt = 0; ; attempt++)); do

@@ -14,8 +14,8 @@
 #
 # --zone, --project and --quiet go to every gcloud command, --internal-ip and --tunnel-through-iap to ssh and scp, all
 # other flags to `gcloud compute tpus queued-resources create`: --spot, --node-count=SLICES (each of TYPE), --reserved,
-# --service-account, --network ... --dry-run, first of all, prints the commands instead. POLL: seconds between looks at
-# the resource's state (default 30).
+# --service-account, --network ... --dry-run prints the commands instead. POLL: seconds between looks at the resource's
+# state (default 30).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,8 +24,17 @@ usage() {
   exit 2
 }
 
-dry_run=false
-if [ "${1:-}" = --dry-run ]; then dry_run=true; shift; fi
+fail() {
+  echo "tpu_pod: $1" >&2
+  exit 2
+}
+
+dry_run=false before=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  if [ "$1" = --dry-run ]; then dry_run=true; else before+=("$1"); fi
+  shift
+done
+set -- "${before[@]}" "$@"
 verb="${1:-}" name="${2:-}"
 if [[ "$verb" != run && "$verb" != delete ]] || [[ -z "$name" || "$name" = -* ]]; then usage; fi
 shift 2
@@ -36,20 +45,30 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     --internal-ip | --tunnel-through-iap) reach+=("$1") ;;
     --node-count=1) ;;
     --node-count=*)
+      [[ "${1#*=}" =~ ^[1-9][0-9]*$ ]] || fail "$1 must be a positive whole number"
       create[0]="$1"
       slices=()
       for ((i = 0; i < ${1#*=}; i++)); do slices+=("$name-$i"); done  # as they are called
       ;;
     --quiet) ;;
     --*) create+=("$1") ;;
-    *) echo "tpu_pod: unexpected argument $1: flags are --NAME=VALUE, the command comes after --" >&2; exit 2 ;;
+    *) fail "unexpected argument $1: flags are --NAME=VALUE, the command comes after --" ;;
   esac
   shift
 done
-if [[ "${common[*]}" != *--zone=* ]]; then echo "tpu_pod: --zone is missing" >&2; exit 2; fi
+[[ "${common[*]}" = *--zone=* ]] || fail "--zone is missing"
 if [ "$verb" = run ]; then
   shift || true
   if [ $# = 0 ]; then echo "tpu_pod: no command after --" >&2; usage; fi
+  for flag in --accelerator-type --runtime-version; do
+    [[ "${create[*]}" = *$flag=* ]] || fail "$flag is missing"
+  done
+  workdir='[[:space:]]--workdir[=[:space:]]([^[:space:]]*)'
+  if [[ " $*" =~ $workdir ]]; then
+    workdir=${BASH_REMATCH[1]}
+    [[ "$workdir" = gs://* || "$workdir" = /mnt/* ]] ||
+      fail "--workdir=$workdir is on no disk that the workers share: take gs://BUCKET/..., or one mounted below /mnt"
+  fi
 fi
 command=$(printf '%q ' bash rlaif_jax/launch/tpu_worker.sh "$@")
 

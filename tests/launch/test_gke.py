@@ -137,15 +137,34 @@ def test_dry_run_calls_nothing(launcher):
     ("arguments", "message"),
     [
         ([], "usage: bash launch/gke.sh [--dry-run] NAME --image=IMAGE"),
-        (["Run_1"], "usage: bash launch/gke.sh [--dry-run] NAME --image=IMAGE"),
+        (["--image=i"], "usage: bash launch/gke.sh [--dry-run] NAME --image=IMAGE"),
+        (["Run1", *GPU, "--", "true"], "NAME is Run1, but must be of lower-case letters"),
+        (["run_1", *GPU, "--", "true"], "NAME is run_1, but must be of lower-case letters"),
         (["r", *GPU, "--hots=2", "--", "true"], "unknown argument --hots=2"),
         (["r", *GPU], "no command after --"),
         (["r", GPU[1], "--", "true"], "--image is missing"),
         (["r", TPU[0], "--", "true"], "--accelerator is missing"),
-        (["r", *TPU[:2], "--", "true"], "--topology= must be that of a TPU slice, e.g. 4x4"),
+        (["r", *TPU[:2], "--", "true"], "--topology is missing: that of the TPU slice, e.g. 4x4"),
+        (["r", *TPU[:2], "--topology=", "--", "true"], "--topology= has no value"),
+        (["r", *TPU[:2], "--topology=4", "--", "true"], "--topology=4 must be that of a TPU slice, e.g. 4x4"),
+        (["r", *TPU[:2], "--topology=0x4", "--", "true"], "--topology=0x4 must be that of a TPU slice, e.g. 4x4"),
+        (["r", *TPU, "--hosts=2", "--", "true"], "--hosts is for GPUs: the number of TPU machines follows from"),
+        (["r", *GPU, "--topology=4x2", "--", "true"], "--topology is for TPUs: the number of GPU machines is --hosts"),
+        (["r", *TPU, "--chips=0", "--", "true"], "--chips=0 must be a positive whole number"),
+        (["r", *TPU, "--chips=x", "--", "true"], "--chips=x must be a positive whole number"),
+        (["r", *GPU, "--chips=-8", "--", "true"], "--chips=-8 must be a positive whole number"),
+        (["r", *TPU, "--slices=two", "--", "true"], "--slices=two must be a positive whole number"),
+        (["r", *GPU, "--hosts=0", "--", "true"], "--hosts=0 must be a positive whole number"),
+        (["r", *GPU, "--restarts=-1", "--", "true"], "--restarts=-1 must be a whole number"),
         (["r", *TPU, "--chips=3", "--", "true"], "--chips=3 a machine don't divide the 8 of 4x2"),
         (["r", *GPU, "--slices=2", "--", "true"], "--slices is for TPUs: the number of GPU machines is --hosts"),
         (["r", *GPU, "--seeds=0,1", "--", "true"], "--seeds needs %a in the command"),
+        (["r", *GPU, "--", "echo", "%a"], "%a in the command needs --seeds"),
+        *((["r", *GPU, f"--seeds={seeds}", "--", "echo", "%a"], f"--seeds={seeds} must be whole numbers")
+          for seeds in ("0,,1", "0,", ",0", "0, 1", "0 1", "a", "-1")),
+        (["r", *GPU, "--", "x", "--workdir=runs/r"], "--workdir=runs/r would end with the pods: take gs://BUCKET/..."),
+        (["r", *GPU, "--", "x", "--workdir", "/data/r"], "--workdir=/data/r would end with the pods"),
+        (["r", *GPU, "--claim=c", "--", "x", "--workdir=/tmp/r"], "--workdir=/tmp/r would end with the pods"),
     ],
 )
 def test_usage(launcher, arguments, message):
@@ -153,6 +172,20 @@ def test_usage(launcher, arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith(f"gke: {message}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--restarts=0", "--", "x", "--workdir=gs://bucket/r"],
+        ["--claim=c", "--", "x", "--workdir=/data/r"],
+        ["--claim=c", "--mount=/mnt/", "--", "x", "--workdir", "/mnt/r"],
+    ],
+)
+def test_a_workdir_that_outlives_the_pods(launcher, arguments):
+    [jobset] = rendered(launcher, "r", *GPU, *arguments)
+    [container] = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == arguments[arguments.index("--") + 1 :]
 
 
 @pytest.mark.slow

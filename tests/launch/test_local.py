@@ -38,6 +38,14 @@ def test_processes_share_the_gpus(launcher, count, shares):
     assert sorted(line.split()[-1] for line in done.stdout.splitlines() if line.startswith("[")) == shares
 
 
+def test_without_a_working_nvidia_smi_there_are_no_gpus(launcher):
+    (launcher.state / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho failed >&2\nexit 127\n")
+    (launcher.state / "bin" / "nvidia-smi").chmod(0o755)
+    done = launcher.run(LOCAL, 1, "bash", "-c", SHOW, JAX_PLATFORMS="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" with all\n")
+
+
 def test_gpus_that_can_not_be_shared_are_an_error(launcher):
     done = launcher.run(LOCAL, 2, "true", JAX_PLATFORMS="", CUDA_VISIBLE_DEVICES="0,1,2")
     assert done.returncode == 2
@@ -55,7 +63,8 @@ def test_who_does_not_end_is_killed(launcher):
     deaf = f'[ "$JAX_PROCESS_ID" = 0 ] || exit 3; trap "" TERM; {FOR_EVER}'
     done = launcher.run(LOCAL, 2, "bash", "-c", deaf, GRACE=0)
     assert done.returncode == 3
-    assert "ended with status 137" in done.stderr
+    ended = [f"local: process {i} ended with status {status}" for i, status in ((0, 137), (1, 3))]
+    assert sorted(done.stderr.splitlines()) == ended, "and nothing from bash"
 
 
 def test_preempted_or_lost_is_started_again(launcher):
@@ -84,6 +93,38 @@ def test_sigterm_reaches_all_and_is_no_reason_to_go_on(launcher):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     assert all((launcher.state / f"got{i}").exists() for i in range(2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_comes_once_and_leaves_nothing_behind(launcher, number):
+    """Ctrl-C sends one. What reads the processes' output and what waits between looks at them is in that group, too."""
+    save = 'trap "echo told; told=1" TERM; me=$1$JAX_PROCESS_ID; echo $$ > $me.tmp; mv $me.tmp $me; '
+    save += "until [ ${told-} ]; do sleep 0.05; done; for i in {1..10}; do sleep 0.05; done; echo saved; exit 75"
+    command = ["bash", LOCAL, "2", "bash", "-c", save, "-", str(launcher.state / "pid")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=launcher.env, start_new_session=True, **pipes)
+    files = [launcher.state / f"pid{i}" for i in range(2)]
+    while not all(file.exists() for file in files):
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 75
+    assert not any(Path(f"/proc/{file.read_text().strip()}").exists() for file in files)
+    output, errors = process.communicate(timeout=60)
+    lines = sorted(line for line in output.splitlines() if line.startswith("["))
+    assert lines == [f"[{i}] {word}" for i in range(2) for word in ("saved", "told")]
+    assert sorted(errors.splitlines()) == [f"local: process {i} ended with status 75" for i in range(2)]
+
+
+@pytest.mark.parametrize("variables", [{"GRACE": "1m"}, {"RESTARTS": "-1"}])
+def test_variables_are_whole_numbers(launcher, variables):
+    done = launcher.run(LOCAL, 1, "true", **variables)
+    assert done.returncode == 2
+    assert done.stderr.endswith(" must be whole numbers\n")
+
+
+def test_a_command_is_no_flag(launcher):
+    done = launcher.run(LOCAL, 2, "--dry-run", "true")
+    assert (done.returncode, done.stderr) == (2, "local: --dry-run is no command: flags come before N\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["2"], ["0", "true"], ["two", "true"]])
@@ -123,7 +164,8 @@ def test_a_run_that_is_preempted_goes_on(launcher):
     os.kill(process_of(process.pid, 1), signal.SIGTERM)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    assert output.count("local: a process ended with status 75") == 2 and "starting again (1 of 1)" in output, output
+    assert all(f"local: process {i} ended with status 75" in output for i in range(2)), output
+    assert "starting again (1 of 1)" in output, output
     lines = (launcher.state / "run" / "sft" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(20))
 

@@ -100,6 +100,13 @@ def test_dry_run_says_what_it_would_run(launcher):
 def test_bad_usage_is_one_line(launcher):
     nothing = sbatch(launcher, "--nodes=2", SCRIPT)
     assert (nothing.returncode, nothing.stderr) == (2, "usage: sbatch [--nodes=N ...] launch/slurm.sbatch COMMAND...\n")
+    flag = sbatch(launcher, "--nodes=2", SCRIPT, "--nodes=2", "true")
+    message = "slurm: --nodes=2 is no command: options of sbatch come before launch/slurm.sbatch\n"
+    assert (flag.returncode, flag.stderr) == (2, message)
+    no_job = launcher.run(SCRIPT, "true")
+    assert no_job.returncode == 2
+    assert no_job.stderr.startswith("slurm: this is no job: submit with sbatch ") and no_job.stderr.count("\n") == 1
+    assert not launcher.calls("srun")
     elsewhere = launcher.run(ROOT / SCRIPT, "true", SLURM_SUBMIT_DIR="/usr")
     assert elsewhere.returncode == 2
     assert elsewhere.stderr == "slurm: /usr is not the repository's folder: submit from there\n"

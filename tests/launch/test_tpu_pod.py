@@ -141,11 +141,32 @@ def test_dry_run_says_what_it_would_run(pod):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--dry-run", "pod", *FLAGS, "--", "x", "--workdir=gs://bucket/r"],
+        ["run", "pod", *FLAGS, "--dry-run", "--", "x", "--workdir=/mnt/r"],
+        ["delete", "pod", FLAGS[0], "--dry-run"],
+    ],
+)
+def test_dry_run_may_stand_anywhere_before_the_command(pod, arguments):
+    done = pod.run(SCRIPT, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "--dry-run" not in done.stdout and done.stdout.startswith("gcloud ")
+    assert not pod.calls("gcloud")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "pod", "--accelerator-type=v4-8", "--", "true"], "tpu_pod: --zone is missing"),
         (["run", "pod", "--zone=z", "v4-8", "--", "true"], "tpu_pod: unexpected argument v4-8"),
         (["run", "pod", "--zone=z"], "tpu_pod: no command after --"),
+        (["run", "pod", FLAGS[0], FLAGS[3], "--", "true"], "tpu_pod: --accelerator-type is missing"),
+        (["run", "pod", FLAGS[0], FLAGS[2], "--", "true"], "tpu_pod: --runtime-version is missing"),
+        (["run", "pod", *FLAGS, "--node-count=0", "--", "true"], "tpu_pod: --node-count=0 must be a positive"),
+        (["run", "pod", *FLAGS, "--node-count=two", "--", "true"], "tpu_pod: --node-count=two must be a positive"),
+        (["run", "pod", *FLAGS, "--", "x", "--workdir=runs/a"], "tpu_pod: --workdir=runs/a is on no disk that"),
+        (["run", "pod", *FLAGS, "--", "x", "--workdir", "/tmp/a"], "tpu_pod: --workdir=/tmp/a is on no disk that"),
         (["start", "pod"], "bash launch/tpu_pod.sh run NAME --zone=ZONE"),
     ],
 )
