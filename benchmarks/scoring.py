@@ -8,7 +8,7 @@ import numpy as np
 from harness import alternate, compute_bound, load, matrix_products, parser, report, start_peer, watch
 
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
-from rlaif_jax.models.transformer import unembedding
+from rlaif_jax.models.transformer import next_token_logits
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     @jax.jit
     def forward(parameters):
         hidden, _ = model.apply({"params": parameters}, tokens, np.ones_like(tokens))
-        logits = (hidden[:, -1] @ unembedding(parameters).astype(hidden.dtype)).astype(np.float32)
+        logits = next_token_logits(model, parameters, hidden[:, -1])
         return jax.nn.log_softmax(logits)
 
     def ours():

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.encoding import texts_to_tokens
 from rlaif_jax.judge.prompts import Template
-from rlaif_jax.models.transformer import LanguageModel, unembedding
+from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.processes import put
 from rlaif_jax.sampling.continuous import Sampler, SamplerConfig, Slots, sample
 from rlaif_jax.sampling.distribution import SamplingConfig
@@ -141,4 +141,4 @@ def _conclude(model: LanguageModel, parameters, slots: Slots, *, prefixes, tree,
         odd=("length",),
         prefixes=(*prefixes, slots.prompts, replies.cache),
     )
-    return answer_logprobs(hidden, unembedding(parameters), every(1 + asked_after), every(asked))
+    return answer_logprobs(model, parameters, hidden, every(1 + asked_after), every(asked))

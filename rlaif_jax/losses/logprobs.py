@@ -10,9 +10,14 @@ LOGITS_BYTES = 1 << 28  # of float32 logits that may exist at a time on each dev
 
 
 def token_logprobs(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, temperature: float = 1.0, chunk: int | None = None
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    cap: float = 0.0,
 ) -> jax.Array:
-    """Log-probability of each target under softmax(hidden @ unembedding / temperature).
+    """Log-probability of each target under softmax(logits / temperature), the logits being hidden @ unembedding.
 
     Args:
       hidden: [batch, length, width]; hidden[:, t] predicts targets[:, t].
@@ -21,13 +26,14 @@ def token_logprobs(
       temperature: the sampling temperature, so that the log-probs are those of the distribution sampled from.
       chunk: positions whose logits exist at a time, by default what `LOGITS_BYTES` allows. The backward pass, which is
         exact, computes them again, so that logits of a longer length never exist; those of a single chunk are kept.
+      cap: where not 0, logits x are cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns [batch, length] float32.
     """
     length = targets.shape[1]
     chunk = min(chunk or _chunk(*targets.shape, unembedding.shape[1]), length)
     hidden, targets = (_padded(x, chunk) for x in (hidden, targets))
-    return _token_logprobs(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk)[:, :length]
+    return _token_logprobs(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk, cap)[:, :length]
 
 
 def entropy_and_kl(
@@ -37,10 +43,11 @@ def entropy_and_kl(
     ref_unembedding: jax.Array,
     temperature: float = 1.0,
     chunk: int | None = None,
+    cap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Entropy of p = softmax(hidden @ unembedding / temperature), and KL(p || q), q being the reference's, both exact.
+    """Entropy of p = softmax(logits / temperature), and KL(p || q), q being the reference's, both exact.
 
-    The shapes and `chunk` are those of `token_logprobs`. Returns two [batch, length] float32, in nats.
+    The shapes, `chunk` and `cap` are those of `token_logprobs`. Returns two [batch, length] float32, in nats.
     """
     length = hidden.shape[1]
     chunk = min(chunk or _chunk(*hidden.shape[:2], 2 * unembedding.shape[1]), length)  # of two distributions
@@ -48,8 +55,8 @@ def entropy_and_kl(
     @jax.checkpoint
     def one(chunks):
         hidden, ref_hidden = chunks
-        logprobs = jax.nn.log_softmax(_logits(hidden, unembedding.astype(hidden.dtype), temperature))
-        ref_logits = _logits(ref_hidden, ref_unembedding.astype(ref_hidden.dtype), temperature)
+        logprobs = jax.nn.log_softmax(_logits(hidden, unembedding.astype(hidden.dtype), temperature, cap))
+        ref_logits = _logits(ref_hidden, ref_unembedding.astype(ref_hidden.dtype), temperature, cap)
         probs, ref_logprobs = jnp.exp(logprobs), jax.nn.log_softmax(ref_logits)
         return -jnp.sum(probs * logprobs, axis=-1), jnp.sum(probs * (logprobs - ref_logprobs), axis=-1)
 
@@ -70,19 +77,19 @@ def _chunk(batch: int, length: int, vocab: int) -> int:
     return math.ceil(length / math.ceil(length / fitting))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_logprobs(hidden, unembedding, targets, temperature: float, chunk: int):
-    return _forward(hidden, unembedding, targets, temperature, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_logprobs(hidden, unembedding, targets, temperature: float, chunk: int, cap: float):
+    return _forward(hidden, unembedding, targets, temperature, chunk, cap)[0]
 
 
-def _forward(hidden, unembedding, targets, temperature: float, chunk: int):
+def _forward(hidden, unembedding, targets, temperature: float, chunk: int, cap: float):
     # A single chunk is needed again at once, as a rule: keeping it costs no memory at the peak.
-    kept = _logits(hidden, unembedding, temperature) if chunk == hidden.shape[1] else None
+    kept = _logits(hidden, unembedding, temperature, cap) if chunk == hidden.shape[1] else None
 
     def one(chunks):
         hidden, targets, logits = chunks
         if logits is None:
-            logits = _logits(hidden, unembedding, temperature)
+            logits = _logits(hidden, unembedding, temperature, cap)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_sum, log_sum
 
@@ -90,17 +97,20 @@ def _forward(hidden, unembedding, targets, temperature: float, chunk: int):
     return logprobs, (hidden, unembedding, targets, log_sum, kept)
 
 
-def _backward(temperature: float, chunk: int, residuals, cotangents):
-    """With p the softmax of the logits z: d logprob / dz = onehot - p."""
+def _backward(temperature: float, chunk: int, cap: float, residuals, cotangents):
+    """With p the softmax of the logits z: d logprob / dz = onehot - p, and d cap tanh(x / cap) / dx = 1 - tanh^2."""
     hidden, unembedding, *rest = residuals
 
     def one(gradient, chunks):
         hidden, targets, log_sum, logits, for_logprob = chunks
         if logits is None:
-            logits = _logits(hidden, unembedding, temperature)
+            logits = _logits(hidden, unembedding, temperature, cap)
         at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         slope = for_logprob[..., None] / temperature
-        for_logits = (slope * (at_target - jnp.exp(logits - log_sum[..., None]))).astype(hidden.dtype)
+        for_logits = slope * (at_target - jnp.exp(logits - log_sum[..., None]))
+        if cap:
+            for_logits *= 1 - (logits * temperature / cap) ** 2
+        for_logits = for_logits.astype(hidden.dtype)
         gradient += jnp.einsum("blw,blv->wv", hidden, for_logits, preferred_element_type=jnp.float32)
         return gradient, jnp.einsum("blv,wv->blw", for_logits, unembedding)
 
@@ -113,8 +123,9 @@ def _backward(temperature: float, chunk: int, residuals, cotangents):
 _token_logprobs.defvjp(_forward, _backward)
 
 
-def _logits(hidden, unembedding, temperature: float):
-    return (hidden @ unembedding).astype(jnp.float32) / temperature
+def _logits(hidden, unembedding, temperature: float, cap: float):
+    logits = (hidden @ unembedding).astype(jnp.float32)
+    return (cap * jnp.tanh(logits / cap) if cap else logits) / temperature
 
 
 def _over_chunks(function, arrays, chunk: int):

@@ -30,25 +30,29 @@ class Block(NamedTuple):
     causal: bool = False  # the mask lets no query see a later slot, of as many slots as queries
 
 
-def attend(query: jax.Array, blocks: list[Block], implementation: str, odd: tuple[str, ...] = ()) -> jax.Array:
+def attend(
+    query: jax.Array, blocks: list[Block], implementation: str, odd: tuple[str, ...] = (), cap: float = 0.0
+) -> jax.Array:
     """Grouped-query attention, softmax in float32 over the keys of all blocks together.
 
     Where the mesh splits the length, queries stay split and every device gets the keys and values of all of it.
 
-    query: [batch, length, heads, head_dim]. odd: as of `constrain`. Returns the same shape.
+    query: [batch, length, heads, head_dim]. odd: as of `constrain`. cap: of the scores, as `soft_capped`; only the
+    plain path has it. Returns the same shape.
     """
     batch, length, heads, head_dim = query.shape
-    chosen = choose_implementation(implementation, query, blocks)
+    chosen = "plain" if cap else choose_implementation(implementation, query, blocks)
     if chosen == "splash":
         return _splash(query, blocks[0], odd)
     if _is_split(query):
         query = constrain(query, "batch", "length", "heads", None, odd=(*odd, *_CHECKED))
-        parts = [_plain_by_row(query, _whole(block, odd)) for block in blocks]
+        parts = [_plain_by_row(query, _whole(block, odd), cap) for block in blocks]
     else:
         # cuDNN's kernel wants rows to lie where their keys do: not those of a prefix that rows of all devices share.
         by_cudnn = [chosen == "cudnn" and (len(block.key) == batch or not splits_batch()) for block in blocks]
+        plain = functools.partial(_plain_in_parts, cap=cap)
         parts = [
-            (_cudnn if fused else _plain_in_parts)(query.reshape(len(block.key), -1, heads, head_dim), block)
+            (_cudnn if fused else plain)(query.reshape(len(block.key), -1, heads, head_dim), block)
             for fused, block in zip(by_cudnn, blocks, strict=True)
         ]
     if len(parts) == 1:
@@ -58,6 +62,11 @@ def attend(query: jax.Array, blocks: list[Block], implementation: str, odd: tupl
     # A softmax over all keys is the softmaxes of the blocks, each weighted by its share of the sum.
     shares = jax.nn.softmax(sums, axis=0)[..., None].astype(query.dtype)
     return sum(share * output for share, output in zip(shares, outputs, strict=True))
+
+
+def soft_capped(x: jax.Array, cap: float) -> jax.Array:
+    """x, held between -cap and cap without a kink (Gemma 2, arXiv 2408.00118, section 2); 0 leaves it as it is."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def choose_implementation(implementation: str, query: jax.Array, blocks: list[Block]) -> str:
@@ -93,27 +102,30 @@ def _whole(block: Block, odd: tuple[str, ...]) -> Block:
     return block._replace(key=whole(block.key), value=whole(block.value))
 
 
-def _plain_by_row(query: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
+def _plain_by_row(query: jax.Array, block: Block, cap: float) -> tuple[jax.Array, jax.Array]:
     """As `_plain`, of [batch, length, heads, head_dim]: both are split, so they are not made one dimension."""
-    rows = query.reshape(len(block.key), -1, *query.shape[1:])
-    return jax.vmap(_plain, (1, None), 1)(rows, block)
+    rows, mask = query.reshape(len(block.key), -1, *query.shape[1:]), block.mask
+    one = lambda row, mask: _plain(row, block._replace(mask=mask), cap)  # noqa: E731
+    if mask is None or mask.shape[1] in (1, query.shape[1]):
+        return jax.vmap(one, (1, None), 1)(rows, mask)
+    return jax.vmap(one, 1, 1)(rows, mask.reshape(*rows.shape[:3], -1))
 
 
-def _plain_in_parts(query: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
+def _plain_in_parts(query: jax.Array, block: Block, cap: float) -> tuple[jax.Array, jax.Array]:
     """As `_plain`, leaving out most of what a causal mask hides: queries by quarters, each with the keys up to it."""
     queries = query.shape[1]
     if not block.causal or queries < _SHORTEST_IN_PARTS:
-        return _plain(query, block)
+        return _plain(query, block, cap)
     size = -(-queries // _PARTS)
     parts = []
     for start in range(0, queries, size):
         end = min(start + size, queries)
         seen = block._replace(key=block.key[:, :end], value=block.value[:, :end], mask=block.mask[:, start:end, :end])
-        parts.append(_plain(query[:, start:end], seen))
+        parts.append(_plain(query[:, start:end], seen, cap))
     return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
 
-def _plain(query: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
+def _plain(query: jax.Array, block: Block, cap: float) -> tuple[jax.Array, jax.Array]:
     """query: [groups, queries, heads, head_dim]. Returns (output of that shape, log-sum-exp of the scores)."""
     groups, queries, heads, head_dim = query.shape
     kv_heads = block.key.shape[-2]
@@ -122,6 +134,7 @@ def _plain(query: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
     scores = jnp.einsum("bqkgh,bskh->bkqgs", grouped, block.key.astype(query.dtype)).astype(jnp.float32)
     if block.key_scale is not None:
         scores *= _per_slot(block.key_scale)
+    scores = soft_capped(scores, cap)
     if block.mask is not None:
         scores = jnp.where(block.mask[:, None, :, None], scores, MASKED)
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))

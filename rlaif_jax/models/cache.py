@@ -24,6 +24,7 @@ class KVCache(struct.PyTreeNode):
     layers: LayerCache | tuple[LayerCache, ...]  # stacked where the layers are scanned, else one a layer
     mask: jax.Array | None  # [batch, slots] bool: the slot holds a real token; None where all do
     length: jax.Array  # [] int32: tokens taken; the next goes to this slot, modulo the slots
+    positions: jax.Array | None = None  # [batch, slots] int32, where a window slides
 
     @property
     def slots(self) -> int:
@@ -39,7 +40,8 @@ def empty_cache(like: KVCache, batch: int, slots: int) -> KVCache:
         return jnp.zeros((batch, slots, *x.shape[2:]), x.dtype)
 
     layers = tuple(split_rows(jax.tree.map(empty, layer)) for layer in like.layers)
-    return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+    positions = None if like.positions is None else jnp.zeros((batch, slots), jnp.int32)
+    return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32), positions)
 
 
 def split_rows(layer: LayerCache) -> LayerCache:

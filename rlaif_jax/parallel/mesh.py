@@ -30,6 +30,7 @@ RULES: Rules = {
     "vocab": ("tensor",),
     "head_dim": (),
     "layers": (),
+    "positions": (),
     "scalar": (),
 }
 # A model that is only read, a whole pass at a time (reference, reward model), is read with the policy and split alike.

@@ -178,7 +178,8 @@ def insert(
     layers = jax.tree.map(lambda old, x: put(old, copied(x)), slots.prompts.layers, prompt.layers)
     layers = tuple(map(split_rows, layers))
     padded = jnp.pad(copied(mask), ((0, 0), (0, slots.prompts.mask.shape[1] - mask.shape[1])))
-    prompts = slots.prompts.replace(layers=layers, mask=put(slots.prompts.mask, padded))
+    positions = None if prompt.positions is None else put(slots.prompts.positions, copied(prompt.positions))
+    prompts = slots.prompts.replace(layers=layers, mask=put(slots.prompts.mask, padded), positions=positions)
     return Slots(replies.replace(cache=cache), prompts)
 
 

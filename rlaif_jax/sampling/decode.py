@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlaif_jax.models.cache import KVCache, compress
-from rlaif_jax.models.transformer import LanguageModel, unembedding
+from rlaif_jax.models.transformer import LanguageModel, next_token_logits
 from rlaif_jax.sampling.distribution import SamplingConfig, draw
 from rlaif_jax.sampling.stopping import Stopping
 
@@ -77,7 +77,7 @@ def prefill(
         odd=("batch", "length"),
     )
     layers = tuple(compress(layer, cache_dtype) for layer in cache.layers)
-    return _logits(hidden[:, -1], parameters), cache.replace(layers=layers)
+    return next_token_logits(model, parameters, hidden[:, -1]), cache.replace(layers=layers)
 
 
 def choose(replies: Replies, logits: jax.Array, sampling: SamplingConfig, stopping: Stopping) -> Replies:
@@ -113,8 +113,5 @@ def decode(
     hidden, cache = model.apply(
         {"params": parameters}, tokens, alive, positions, prefixes=prefixes, cache=replies.cache
     )
-    return choose(replies.replace(cache=cache), _logits(hidden[:, -1], parameters), sampling, stopping)
-
-
-def _logits(hidden: jax.Array, parameters) -> jax.Array:
-    return (hidden @ unembedding(parameters).astype(hidden.dtype)).astype(jnp.float32)
+    logits = next_token_logits(model, parameters, hidden[:, -1])
+    return choose(replies.replace(cache=cache), logits, sampling, stopping)

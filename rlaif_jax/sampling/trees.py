@@ -14,7 +14,7 @@ import numpy as np
 
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import Placement
-from rlaif_jax.models.transformer import LanguageModel, unembedding
+from rlaif_jax.models.transformer import LanguageModel, next_token_logits
 from rlaif_jax.parallel.mesh import batch_ways, shard_batch
 from rlaif_jax.parallel.processes import to_host
 from rlaif_jax.sampling.buckets import bucket_of
@@ -147,14 +147,13 @@ def tree_logprobs(model, params, prefixes, tokens, positions, ends, asked_after,
     hidden, _ = model.apply(
         {"params": params}, tokens, (ends > 0).astype(jnp.int32), before + positions, ends=ends, prefixes=prefixes
     )
-    return answer_logprobs(hidden, unembedding(params), asked_after, asked_token)
+    return answer_logprobs(model, params, hidden, asked_after, asked_token)
 
 
-def answer_logprobs(hidden, unembedding, asked_after, asked_token) -> jax.Array:
+def answer_logprobs(model: LanguageModel, params, hidden, asked_after, asked_token) -> jax.Array:
     """Log-prob of token asked_token[r, q] after the token at asked_after[r, q]: [rows, asked] float32."""
     states = jnp.take_along_axis(hidden, asked_after[..., None], axis=1)
-    logits = (states @ unembedding.astype(states.dtype)).astype(jnp.float32)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = jax.nn.log_softmax(next_token_logits(model, params, states), axis=-1)
     return jnp.take_along_axis(logprobs, asked_token[..., None], axis=-1)[..., 0]
 
 

@@ -9,5 +9,6 @@ from rlaif_jax.models.transformer import LanguageModel, unembedding
 def sft_loss(params, batch: PackedRows, model: LanguageModel):
     """Sum over completion tokens and their number: a `training.step.Loss`."""
     hidden, _ = model.apply({"params": params}, batch.tokens, batch.segment_ids)
-    logprobs = token_logprobs(hidden[:, :-1], unembedding(params), batch.tokens[:, 1:])
+    cap = model.config.final_logit_softcapping
+    logprobs = token_logprobs(hidden[:, :-1], unembedding(params), batch.tokens[:, 1:], cap=cap)
     return *completion_loss(logprobs, batch.completion_mask[:, 1:]), {}

@@ -29,7 +29,7 @@ def policy_loss(
     """The policy's loss on a minibatch, with the KL and the demonstrations that the config adds: a `step.Loss`."""
     rollout, demonstrations = batch
     states = response_states(model, params, rollout.sequences)
-    logprobs = logprobs_of(states, params, rollout.sequences, config.sampling.temperature)
+    logprobs = logprobs_of(model, states, params, rollout.sequences, config.sampling.temperature)
     arguments = (logprobs, rollout.old_logprobs, rollout.advantages, rollout.mask)
     if config.loss == "clipped":
         losses, metrics = clipped_loss(*arguments, config.clip_low, config.clip_high, config.dual_clip)
@@ -38,7 +38,7 @@ def policy_loss(
     if rollout.importance is not None:
         losses *= rollout.importance
     if config.kl.placement == "loss":
-        kl = _kl(params, reference, states, logprobs, rollout, config)
+        kl = _kl(params, reference, states, logprobs, rollout, model, config)
         losses += kl_coef * kl
         metrics["kl/loss"] = (jnp.sum(kl * rollout.mask), jnp.sum(rollout.mask))
     total, weight = aggregate(losses, rollout.mask, config.aggregation)
@@ -50,7 +50,7 @@ def policy_loss(
     return {"policy": total, "ptx": config.ptx_coef * ptx}, {"policy": weight, "ptx": ptx_weight}, metrics
 
 
-def _kl(params, reference, states, logprobs, rollout: Rollout, config: RLConfig) -> jax.Array:
+def _kl(params, reference, states, logprobs, rollout: Rollout, model: LanguageModel, config: RLConfig) -> jax.Array:
     """The penalty of each token, [batch, length]; what is off the mask does not count."""
     if config.kl.estimator != "full":
         # Where nothing counts there must be nothing to overflow, or its gradient is not a number.
@@ -58,7 +58,8 @@ def _kl(params, reference, states, logprobs, rollout: Rollout, config: RLConfig)
         return ESTIMATORS[config.kl.estimator](logprobs, ref_logprobs)
     # The reference's states, not its logits, are what a rollout can afford to keep.
     matrices, temperature = (unembedding(params), unembedding(reference)), config.sampling.temperature
-    return entropy_and_kl(states, matrices[0], rollout.ref_states, matrices[1], temperature)[1]
+    cap = model.config.final_logit_softcapping
+    return entropy_and_kl(states, matrices[0], rollout.ref_states, matrices[1], temperature, cap=cap)[1]
 
 
 def value_loss(params, batch: Rollout, model: ScalarModel, config: RLConfig):

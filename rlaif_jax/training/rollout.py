@@ -146,10 +146,11 @@ def make_rollout(
     sequences, temperature = sampled.sequences, config.sampling.temperature
     states = response_states(model, state.params, sequences)
     ref_states = response_states(model, reference, sequences)
-    old_logprobs = logprobs_of(states, state.params, sequences, temperature)
-    ref_logprobs = logprobs_of(ref_states, reference, sequences, temperature)
+    old_logprobs = logprobs_of(model, states, state.params, sequences, temperature)
+    ref_logprobs = logprobs_of(model, ref_states, reference, sequences, temperature)
     matrices = unembedding(state.params), unembedding(reference)
-    entropy, full_kl = entropy_and_kl(states, matrices[0], ref_states, matrices[1], temperature)
+    cap = model.config.final_logit_softcapping
+    entropy, full_kl = entropy_and_kl(states, matrices[0], ref_states, matrices[1], temperature, cap=cap)
     by_principle = {}
     if reward_model is not None:
         each = centred_rewards(scalar_model, reward_model, sequences)

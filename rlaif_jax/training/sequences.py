@@ -36,15 +36,16 @@ def response_states(model: LanguageModel, params, sequences: Sequences) -> jax.A
 
 def response_logprobs(model: LanguageModel, params, sequences: Sequences, temperature: float) -> jax.Array:
     """Log-probs of the response tokens: [batch, response_length] float32, 0 off the mask."""
-    return logprobs_of(response_states(model, params, sequences), params, sequences, temperature)
+    return logprobs_of(model, response_states(model, params, sequences), params, sequences, temperature)
 
 
-def logprobs_of(states: jax.Array, params, sequences: Sequences, temperature: float) -> jax.Array:
+def logprobs_of(model: LanguageModel, states: jax.Array, params, sequences: Sequences, temperature: float) -> jax.Array:
     """The same from `response_states`.
 
     The one log-prob function of the project: policy, old policy and reference all go through it.
     """
-    logprobs = token_logprobs(states, unembedding(params), sequences.responses, temperature)
+    cap = model.config.final_logit_softcapping
+    logprobs = token_logprobs(states, unembedding(params), sequences.responses, temperature, cap=cap)
     return jnp.where(sequences.response_mask, logprobs, 0.0)
 
 
