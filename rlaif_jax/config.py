@@ -27,7 +27,7 @@ from rlaif_jax.training.optimizer import OptimizerConfig
 class PolicyConfig:
     """The policy, and by its shape the reference, the value network and the reward model."""
 
-    weights: str  # "" trains from scratch; else a GGUF file, package:NAME for one in a package, shape:NAME to plan
+    weights: str  # "" trains from scratch; else a GGUF file, a Hugging Face folder, package:NAME, or shape:NAME to plan
     model: ModelConfig  # from scratch: its shape, and the size of the tokenizer trained on the corpus
     max_prompt_length: int  # tokens, chat template included; a longer prompt is shortened or dropped
     max_response_length: int  # tokens, end of sequence included
@@ -37,7 +37,7 @@ class PolicyConfig:
 class TeacherConfig:
     """A model that writes the demonstrations, through its chat template."""
 
-    weights: str  # a GGUF file, or package:NAME; "" for the demonstrations of the data
+    weights: str  # as those of the policy; "" for the demonstrations of the data
     prompt: str  # what it is asked, with {prompt} in it
     demonstrations: int  # how many training prompts it replies to
     max_new_tokens: int
@@ -87,7 +87,7 @@ class CritiqueConfig:
     sampling: SamplingConfig  # of the first replies
     rounds: int  # of critique and revision, each under a principle of its own
     revise_only: bool  # revisions without critiques
-    weights: str  # who criticises and revises: a GGUF file, or package:NAME; "" for the SFT policy itself
+    weights: str  # who criticises and revises, as those of the policy; "" for the SFT policy itself
     template: str  # a name in rlaif_jax/judge/critiques, or the path of a YAML file
     shots: int  # its worked examples before each prompt
     revision_sampling: SamplingConfig  # of critiques and revisions
@@ -175,7 +175,7 @@ class ScorersConfig:
 class GoldConfig(ScorersConfig):
     """A reward that is logged and not trained on: the gold that the proxy of RewardsConfig stands for."""
 
-    judge_weights: str  # a GGUF file, or package:NAME; "" for those of `judge`
+    judge_weights: str  # as those of a judge; "" for those of `judge`
     reward_model: float  # that of another run, a larger one's for example
     reward_model_run: str  # the folder of that run; of one with rounds, the last trained one's is taken
 

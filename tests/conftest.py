@@ -23,9 +23,9 @@ jax.config.update("jax_disable_most_optimizations", True)
 import pytest
 
 from rlaif_jax.data import tokenizers
-from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import Placement, place_parameters
+from rlaif_jax.models.parameters import Placement, abstract_parameters
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.models.weights import load_parameters, open_weights
 from tests.helpers import SmallDisk, one_device_mesh
 
 # Slices of public data sets, which the repository does not hold: docs/data.md says what they are.
@@ -84,19 +84,15 @@ def real_data():
 
 
 @pytest.fixture(scope="session")
-def smollm2_reader():
-    return gguf.open_gguf(SMOLLM2)
+def smollm2():
+    weights = open_weights(SMOLLM2)
+    model = LanguageModel(weights.config)
+    return model, load_parameters(weights, abstract_parameters(model, Placement(one_device_mesh())))
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_reader):
-    model = LanguageModel(gguf.model_config(smollm2_reader))
-    return model, place_parameters(model, gguf.load_parameters(smollm2_reader), Placement(one_device_mesh()))
-
-
-@pytest.fixture(scope="session")
-def smollm2_tokenizer(smollm2_reader):
-    return tokenizers.from_gguf(smollm2_reader)
+def smollm2_tokenizer():
+    return tokenizers.from_weights(SMOLLM2)
 
 
 @pytest.fixture

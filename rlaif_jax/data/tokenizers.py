@@ -1,5 +1,6 @@
 """Tokenizers: from a GGUF file's metadata, from a Hugging Face folder, or trained on a corpus."""
 
+import functools
 from collections.abc import Iterable
 
 import gguf
@@ -9,7 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.models.gguf import metadata
+from rlaif_jax.models.gguf import metadata, open_reader
+from rlaif_jax.models.weights import open_weights
 
 # Layout of a dialogue for tokenizers that we train; the same turns as ChatML, with one token a role.
 CHAT_TEMPLATE = (
@@ -26,6 +28,19 @@ _PRE_TOKENIZERS = {
 # Tokens that end a turn, by family; a model may write one of them where its tokenizer names another as the end.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+
+
+@functools.cache  # a vocabulary takes seconds to parse
+def from_weights(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model (`open_weights`). Raises UserError where the model does not know all its tokens."""
+    weights = open_weights(path)
+    tokenizer = from_folder(weights.path) if weights.path.is_dir() else from_gguf(open_reader(weights.path))
+    if len(tokenizer) > weights.config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the {weights.config.vocab_size} rows of the "
+            "embedding: take the tokenizer that the model was saved with"
+        )
+    return tokenizer
 
 
 def from_gguf(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:

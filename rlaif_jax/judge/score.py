@@ -28,16 +28,16 @@ from rlaif_jax.judge.prompts import (
 )
 from rlaif_jax.judge.rationale import RationaleConfig, Reasoner, make_reasoner, reason
 from rlaif_jax.judge.verdict import Verdict, exclusive, normalise, rating, verdict
-from rlaif_jax.models import gguf
 from rlaif_jax.models.cache import KVCache
 from rlaif_jax.models.parameters import (
     Placement,
+    abstract_parameters,
     decoding_model,
     decoding_parameters,
-    place_parameters,
     to_device,
 )
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig
+from rlaif_jax.models.weights import load_parameters, open_weights, weights_hash
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import JUDGE_RULES
 from rlaif_jax.sampling.buckets import length_buckets
@@ -52,7 +52,7 @@ _BEGINNINGS = ("a", "A", "1", " ", "\n", "\n\n", "\t", ".", "'s", "é", "中")  
 class JudgeConfig:
     """Which model judges, with which prompt, and how."""
 
-    weights: str  # a GGUF file; package:NAME for the one inside a package; in a panel also "policy", its own judge
+    weights: str  # a GGUF file, a Hugging Face folder or package:NAME; in a panel also "policy", its own judge
     prompt: PromptConfig
     batch_tokens: int  # tokens scored at a time, padding included
     buckets: int  # different lengths that prompts are padded to, one compiled program each
@@ -149,14 +149,11 @@ class Plan(NamedTuple):
 
 def load_judge(config: JudgeConfig, seed: int, placement: Placement) -> Judge:
     """The judge of `config.weights`. Raises UserError as `make_judge` does, and for weights that can't be read."""
-    reader = gguf.open_gguf(config.weights)
-    shape = gguf.model_config(reader)
-    weights = gguf.load_parameters(reader, shuffle_seed=seed if config.shuffle_weights else None)
-    # Cast before they are placed: the devices of one process may have no room for matrices in float32.
-    weights = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)) if x.ndim > 1 else x, weights)
-    params = place_parameters(LanguageModel(shape), weights, placement)
+    weights, tokenizer = open_weights(config.weights), tokenizers.from_weights(config.weights)
+    abstract = abstract_parameters(LanguageModel(weights.config), placement)
+    params = load_parameters(weights, abstract, config.dtype, seed if config.shuffle_weights else None)
     name = config.weights + (" (shuffled)" if config.shuffle_weights else "")
-    model = JudgeModel(name, gguf.weights_hash(config.weights), shape, params, tokenizers.from_gguf(reader))
+    model = JudgeModel(name, weights_hash(config.weights), weights.config, params, tokenizer)
     return make_judge(config, model, seed, placement)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+_QKV = ("query", "key", "value")
 # Our name of a parameter of a layer -> the tensor of a layer in a Hugging Face folder.
 _LLAMA_LAYER = {
     "attention_norm/scale": "input_layernorm.weight",
@@ -64,7 +65,6 @@ def _biased(names: Mapping[str, str]) -> dict[str, str]:
     return {**names, **biases, **norms}
 
 
-_QKV = ("query", "key", "value")
 _GEMMA = Family(
     model_type="gemma2",
     causal="Gemma2ForCausalLM",

@@ -40,6 +40,25 @@ def _abstract_boxes(model: nn.Module):
     return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)["params"]
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its name: the groups but for those of decoder and layers, with "/" between.
+
+    A parameter of the layers has the shape that it has in one of them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(_abstract_boxes(model)))
+    return {parameter_name(path): leaf.shape[in_layers(path) :] for path, leaf in leaves}
+
+
+def parameter_name(path) -> str:
+    """The name of a parameter (`parameter_shapes`) at a path of a tree."""
+    return "/".join(key.key for key in path if key.key not in ("decoder", "layers"))
+
+
+def in_layers(path) -> bool:
+    """Whether the parameter at a path of a tree is stacked along a first axis of layers."""
+    return any(key.key == "layers" for key in path)
+
+
 def init_parameters(model: nn.Module, key: jax.Array, placement: Placement):
     """Fresh parameters, each device making only its own slices."""
 

@@ -1,8 +1,8 @@
 """Published shapes of open models, for plans of runs whose weights are elsewhere."""
 
 from rlaif_jax.errors import UserError
-from rlaif_jax.models import gguf
 from rlaif_jax.models.transformer import ModelConfig
+from rlaif_jax.models.weights import SHAPE, open_weights
 
 
 def _llama(width: int, mlp: int, layers: int, heads: int, head_dim: int, tied: bool) -> ModelConfig:
@@ -30,10 +30,10 @@ SHAPES = {
 
 
 def model_config(weights: str) -> ModelConfig:
-    """The shape of what `weights` names: a GGUF file, or shape:NAME. Raises UserError where there is no such thing."""
-    if not weights.startswith(gguf.SHAPE):
-        return gguf.model_config(gguf.open_gguf(weights))
-    name = weights.removeprefix(gguf.SHAPE)
+    """The shape of what `weights` names: a model, or shape:NAME. Raises UserError where there is no such thing."""
+    if not weights.startswith(SHAPE):
+        return open_weights(weights).config
+    name = weights.removeprefix(SHAPE)
     if name not in SHAPES:
         raise UserError(f"unknown shape {name!r}; the shapes are {', '.join(SHAPES)}")
     return SHAPES[name]

@@ -24,9 +24,9 @@ from rlaif_jax.files import read_parquet, remove_folder, there, write_json, writ
 from rlaif_jax.judge.constitution import Principle, draw, load_constitution, principles_for
 from rlaif_jax.judge.critiques import CritiqueTemplate, load_critique_template
 from rlaif_jax.judge.score import read_prefix
-from rlaif_jax.models import gguf
 from rlaif_jax.models.parameters import decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import ModelConfig
+from rlaif_jax.models.weights import open_weights, weights_hash
 from rlaif_jax.sampling.continuous import Sampler
 from rlaif_jax.sampling.stopping import cut, make_stopping
 from rlaif_jax.stages.replies import keep_replies, keep_rows, loaded_decoder
@@ -88,8 +88,9 @@ def texts(row: dict) -> list[str]:
 def check_reviser(run: Run) -> None:
     """Raises UserError where a reviser of its own weights has no room for a prompt. Other ones need the SFT stage."""
     if run.config.critique.weights:
-        reader = gguf.open_gguf(run.config.critique.weights)
-        _preamble_and_room(run, critique_template(run), tokenizers.from_gguf(reader), gguf.model_config(reader))
+        weights = run.config.critique.weights
+        tokenizer, shape = tokenizers.from_weights(weights), open_weights(weights).config
+        _preamble_and_room(run, critique_template(run), tokenizer, shape)
 
 
 def _preamble_and_room(
@@ -148,9 +149,8 @@ def _load_reviser(run: Run, template: CritiqueTemplate, params) -> _Reviser:
     """`params`: the SFT policy's. Raises UserError where the preamble leaves no room for a prompt."""
     config = run.config.critique
     if config.weights:
-        reader = gguf.open_gguf(config.weights)
-        tokenizer = tokenizers.from_gguf(reader)
-        model, parameters = loaded_decoder(run, reader, config.dtype)
+        tokenizer = tokenizers.from_weights(config.weights)
+        model, parameters = loaded_decoder(run, config.weights, config.dtype)
     else:
         tokenizer, model = run.tokenizer(), decoding_model(run.language_model())
         parameters = decoding_parameters(run.language_model(), params, run.placement)
@@ -252,7 +252,7 @@ def _manifest(run: Run, principles: Sequence[Principle], template: CritiqueTempl
     rounds = list(zip(*(row["rounds"] for row in rows), strict=True))
     return {
         "reviser": weights or "the SFT policy",
-        "reviser_hash": gguf.weights_hash(weights) if weights else None,
+        "reviser_hash": weights_hash(weights) if weights else None,
         "template": template.name,
         "template_hash": template.digest,
         "preamble": template.preamble,

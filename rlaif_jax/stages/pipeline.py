@@ -12,7 +12,7 @@ from rlaif_jax.files import file_hashes, read_json, remove_leftovers, write_json
 from rlaif_jax.judge.constitution import load_constitution
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.judge.score import POLICY
-from rlaif_jax.models import gguf
+from rlaif_jax.models.weights import SHAPE, resolve, weights_hash
 from rlaif_jax.parallel import processes
 from rlaif_jax.stages.best_of_n import run_best_of_n
 from rlaif_jax.stages.critique import check_reviser, critique_template, run_critique
@@ -111,9 +111,9 @@ def plan(run: Run, names: list[str]) -> list[str]:
 def _check_weights(run: Run) -> None:
     """Raises UserError for a model of which there is the shape alone."""
     for name, value in flatten(run.config).items():
-        if name.endswith("weights") and str(value).startswith(gguf.SHAPE):
+        if name.endswith("weights") and str(value).startswith(SHAPE):
             with blame(name):
-                gguf.resolve(value)
+                resolve(value)
 
 
 def _check_rounds(run: Run) -> None:
@@ -180,21 +180,21 @@ def _file_hashes(run: Run) -> dict[str, str]:
             hashes[f"{name}.prompt.hash"] = load_template(judge.prompt).digest
         with blame(f"{name}.weights"):
             if judge.weights != POLICY:
-                hashes[f"{name}.weights_hash"] = gguf.weights_hash(judge.weights)
+                hashes[f"{name}.weights_hash"] = weights_hash(judge.weights)
     if run.config.constitution.file:
         with blame("constitution.file"):
             hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
     if policy.weights:
         with blame("policy.weights"):
-            hashes["policy.weights_hash"] = gguf.weights_hash(policy.weights)
+            hashes["policy.weights_hash"] = weights_hash(policy.weights)
     if run.config.sft.teacher.weights:
         with blame("sft.teacher.weights"):
-            hashes["sft.teacher.weights_hash"] = gguf.weights_hash(run.config.sft.teacher.weights)
+            hashes["sft.teacher.weights_hash"] = weights_hash(run.config.sft.teacher.weights)
     if "critique" in run.config.stages:
         hashes["critique.template_hash"] = critique_template(run).digest
         if run.config.critique.weights:
             with blame("critique.weights"):
-                hashes["critique.weights_hash"] = gguf.weights_hash(run.config.critique.weights)
+                hashes["critique.weights_hash"] = weights_hash(run.config.critique.weights)
     gold = run.config.rl.gold
     for group, scorers in (("rl.rewards", run.config.rl.rewards), ("rl.gold", gold)):
         if scorers.judge:
@@ -206,7 +206,7 @@ def _file_hashes(run: Run) -> dict[str, str]:
                 hashes[f"evaluation.{name}.hash"] = load_template(prompt).digest
     if gold.judge and gold.judge_weights:
         with blame("rl.gold.judge_weights"):
-            hashes["rl.gold.judge_weights_hash"] = gguf.weights_hash(gold.judge_weights)
+            hashes["rl.gold.judge_weights_hash"] = weights_hash(gold.judge_weights)
     if gold.reward_model:
         (hashes["rl.gold.reward_model_hash"],) = file_hashes([normalisation_file(gold.reward_model_run)])
     for role in COLUMNS:

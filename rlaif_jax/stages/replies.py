@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import Stopped, UserError
 from rlaif_jax.files import read_shards, shard_names, write_checked_parquet
-from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import Placement, decoding_model, decoding_parameters, place_parameters
+from rlaif_jax.models.parameters import Placement, abstract_parameters, decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.progress import progress
@@ -123,11 +123,12 @@ def _sample(
         yield row, {"tokens": reply.tokens.tolist(), "text": text, "ended": reply.ended}
 
 
-def loaded_decoder(run: Run, reader, dtype: str) -> tuple[LanguageModel, dict]:
-    """The model of a GGUF file, computing in `dtype`, and its parameters as sampling takes them."""
-    model = LanguageModel(dataclasses.replace(gguf.model_config(reader), dtype=dtype))
+def loaded_decoder(run: Run, path: str, dtype: str) -> tuple[LanguageModel, dict]:
+    """A model on disk, computing in `dtype`, and its parameters as sampling takes them."""
+    weights = open_weights(path)
+    model = LanguageModel(dataclasses.replace(weights.config, dtype=dtype))
     with jax.set_mesh(run.placement.mesh):
-        placed = place_parameters(model, gguf.load_parameters(reader), run.placement)
+        placed = load_parameters(weights, abstract_parameters(model, run.placement), dtype)
         return decoding_model(model), decoding_parameters(model, placed, run.placement)
 
 

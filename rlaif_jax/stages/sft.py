@@ -12,9 +12,9 @@ from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
 from rlaif_jax.data.prepare import load, prepare, training_texts
-from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import init_parameters, place_parameters
+from rlaif_jax.models.parameters import abstract_parameters, init_parameters
 from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_rows
 from rlaif_jax.stages.replies import sample_replies
@@ -116,7 +116,7 @@ def _prepare_data(run: Run) -> None:
         return
     policy, data, seed = run.config.policy, run.config.data, run.config.seed
     if policy.weights:
-        tokenizer = tokenizers.from_gguf(gguf.open_gguf(policy.weights))
+        tokenizer = tokenizers.from_weights(policy.weights)
     else:
         demonstrations, _ = load(data, "demonstrations", seed)
         tokenizer = tokenizers.train(training_texts(demonstrations), policy.model.vocab_size)
@@ -129,6 +129,5 @@ def _prepare_data(run: Run) -> None:
 def initial_params(run: Run, model: LanguageModel):
     """The parameters that SFT begins with: those of the weights, or random ones."""
     if run.config.policy.weights:
-        weights = gguf.load_parameters(gguf.open_gguf(run.config.policy.weights))
-        return place_parameters(model, weights, run.placement)
+        return load_parameters(open_weights(run.config.policy.weights), abstract_parameters(model, run.placement))
     return init_parameters(model, run.key("init"), run.placement)

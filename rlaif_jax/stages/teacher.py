@@ -9,7 +9,6 @@ from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_parquet, remove_folder, there, write_parquet
-from rlaif_jax.models import gguf
 from rlaif_jax.sampling.continuous import Sampler
 from rlaif_jax.sampling.stopping import make_stopping
 from rlaif_jax.stages.replies import keep_rows, loaded_decoder
@@ -31,10 +30,9 @@ def teacher_demonstrations(run: Run) -> dict[str, list]:
 def _taught(run: Run) -> dict[str, list]:
     config, policy = run.config.sft.teacher, run.config.policy
     prompts = run.data("train_prompts")["prompt"][: config.demonstrations]
-    reader = gguf.open_gguf(config.weights)
-    tokenizer = tokenizers.from_gguf(reader)
+    tokenizer = tokenizers.from_weights(config.weights)
     asked = prompt_tokens(tokenizer, [config.prompt.replace("{prompt}", prompt) for prompt in prompts])
-    sampler, folder = _sampler(run, reader, tokenizer), run.folder("sft") / "teacher"
+    sampler, folder = _sampler(run, tokenizer), run.folder("sft") / "teacher"
     rows = keep_rows(sampler, tokenizer, asked, 1, run.key("teacher"), folder, config.commit_every)
     lengths = [len(tokens) for tokens in texts_to_tokens(run.tokenizer(), [rows[i]["text"] for i in range(len(rows))])]
     usable = [i for i, length in enumerate(lengths) if rows[i]["ended"] and 0 < length < policy.max_response_length]
@@ -47,8 +45,8 @@ def _taught(run: Run) -> dict[str, list]:
     return {"prompt": [prompts[i] for i in usable], "reply": [rows[i]["text"] for i in usable]}
 
 
-def _sampler(run: Run, reader, tokenizer) -> Sampler:
+def _sampler(run: Run, tokenizer) -> Sampler:
     config = run.config.sft.teacher
-    model, parameters = loaded_decoder(run, reader, config.dtype)
+    model, parameters = loaded_decoder(run, config.weights, config.dtype)
     stopping, limit = make_stopping(tokenizer), config.max_new_tokens
     return Sampler(model, parameters, run.placement, stopping, config.sampling, limit, config.sampler)

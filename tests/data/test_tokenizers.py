@@ -4,7 +4,7 @@ import pytest
 
 from rlaif_jax.data import tokenizers
 from rlaif_jax.errors import UserError
-from rlaif_jax.models import gguf
+from rlaif_jax.models.weights import resolve
 from tests.conftest import SMOLLM2
 from tests.reference import make_llama_reference
 
@@ -18,7 +18,7 @@ CHAT = [
 @pytest.fixture(scope="module", params=["committed", pytest.param("live", marks=pytest.mark.peer)])
 def reference(request):
     if request.param == "live":
-        return make_llama_reference.tokenizer_reference(str(gguf.resolve(SMOLLM2)))
+        return make_llama_reference.tokenizer_reference(str(resolve(SMOLLM2)))
     return json.loads((make_llama_reference.FOLDER / "smollm2_tokenizer.json").read_text())
 
 

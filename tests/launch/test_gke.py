@@ -160,8 +160,10 @@ def test_dry_run_calls_nothing(launcher):
         (["r", *GPU, "--slices=2", "--", "true"], "--slices is for TPUs: the number of GPU machines is --hosts"),
         (["r", *GPU, "--seeds=0,1", "--", "true"], "--seeds needs %a in the command"),
         (["r", *GPU, "--", "echo", "%a"], "%a in the command needs --seeds"),
-        *((["r", *GPU, f"--seeds={seeds}", "--", "echo", "%a"], f"--seeds={seeds} must be whole numbers")
-          for seeds in ("0,,1", "0,", ",0", "0, 1", "0 1", "a", "-1")),
+        *(
+            (["r", *GPU, f"--seeds={seeds}", "--", "echo", "%a"], f"--seeds={seeds} must be whole numbers")
+            for seeds in ("0,,1", "0,", ",0", "0, 1", "0 1", "a", "-1")
+        ),
         (["r", *GPU, "--", "x", "--workdir=runs/r"], "--workdir=runs/r would end with the pods: take gs://BUCKET/..."),
         (["r", *GPU, "--", "x", "--workdir", "/data/r"], "--workdir=/data/r would end with the pods"),
         (["r", *GPU, "--claim=c", "--", "x", "--workdir=/tmp/r"], "--workdir=/tmp/r would end with the pods"),

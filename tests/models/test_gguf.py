@@ -7,9 +7,9 @@ import pytest
 from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import UserError
 from rlaif_jax.losses.logprobs import token_logprobs
-from rlaif_jax.models import gguf
-from rlaif_jax.models.parameters import decoding_model, decoding_parameters
+from rlaif_jax.models.parameters import abstract_parameters, decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, unembedding
+from rlaif_jax.models.weights import load_parameters, open_weights, resolve
 from rlaif_jax.sampling.distribution import SamplingConfig
 from rlaif_jax.sampling.generate import generate
 from rlaif_jax.sampling.stopping import make_stopping
@@ -21,7 +21,7 @@ from tests.reference import make_llama_reference as reference
 @pytest.fixture(scope="module", params=["committed", pytest.param("live", marks=pytest.mark.peer)])
 def smollm2_reference(request):
     if request.param == "live":
-        return reference.smollm2_reference(str(gguf.resolve(SMOLLM2)))
+        return reference.smollm2_reference(str(resolve(SMOLLM2)))
     return np.load(reference.FOLDER / "smollm2.npz")
 
 
@@ -80,10 +80,15 @@ def write_gguf(path, weights):
     writer.close()
 
 
+def loaded(path, shuffle_seed=None):
+    weights = open_weights(str(path))
+    abstract = abstract_parameters(LanguageModel(weights.config), one_device())
+    return weights.config, load_parameters(weights, abstract, shuffle_seed=shuffle_seed)
+
+
 def test_a_small_untied_grouped_query_llama_equals_transformers(tmp_path, tiny_reference):
     write_gguf(tmp_path / "tiny.gguf", tiny_reference)
-    reader = gguf.open_gguf(str(tmp_path / "tiny.gguf"))
-    config, params = gguf.model_config(reader), gguf.load_parameters(reader)
+    config, params = loaded(tmp_path / "tiny.gguf")
     expected = reference.TINY | {"rms_norm_eps": float(np.float32(reference.TINY["rms_norm_eps"]))}
     assert config == ModelConfig(**expected, rope_theta=reference.TINY_ROPE_THETA)
     model, tokens = LanguageModel(config), tiny_reference["tokens"]
@@ -105,8 +110,7 @@ def test_a_small_untied_grouped_query_llama_equals_transformers(tmp_path, tiny_r
 
 def test_shuffled_weights_have_the_same_values_in_another_order(tmp_path, tiny_reference):
     write_gguf(tmp_path / "tiny.gguf", tiny_reference)
-    reader = gguf.open_gguf(str(tmp_path / "tiny.gguf"))
-    plain, shuffled, again = (gguf.load_parameters(reader, seed) for seed in (None, 1, 1))
+    plain, shuffled, again = (loaded(tmp_path / "tiny.gguf", seed)[1] for seed in (None, 1, 1))
 
     def check(path, a, b, c):
         name = jax.tree_util.keystr(path)
@@ -121,7 +125,7 @@ def test_shuffled_weights_have_the_same_values_in_another_order(tmp_path, tiny_r
 def bad_files(folder):
     (folder / "text.gguf").write_text("not a model\n" * 100)
     (folder / "empty.gguf").write_bytes(b"")
-    (folder / "cut.gguf").write_bytes(gguf.resolve(SMOLLM2).read_bytes()[:5000])
+    (folder / "cut.gguf").write_bytes(resolve(SMOLLM2).read_bytes()[:5000])
     writer = gguf_format.GGUFWriter(folder / "other.gguf", "gpt2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -132,7 +136,7 @@ def bad_files(folder):
     ("path", "named"),
     [
         ("{}/missing.gguf", "missing.gguf"),
-        ("{}", "no GGUF file"),
+        ("{}", "no config.json"),
         ("package:no_such_package", "no_such_package"),
         ("package:numpy", "numpy"),
         ("package:numpy.no_such_module", "no_such_module"),
@@ -147,7 +151,7 @@ def bad_files(folder):
 def test_a_bad_model_is_one_clear_line(tmp_path, path, named):
     bad_files(tmp_path)
     with pytest.raises(UserError, match=named) as error:
-        gguf.open_gguf(path.format(tmp_path))
+        open_weights(path.format(tmp_path))
     assert "\n" not in str(error.value)
 
 
