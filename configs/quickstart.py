@@ -14,8 +14,9 @@ label, and their mean is learned: three times the labelling); overoptimisation (
 against the ground truth, as is best of n: docs/overoptimisation.md); rounds (three times from labels to evaluation,
 each time from the policy of the time before: docs/preferences.md); constitutional (red-team requests as well, to which
 SmolLM2 criticises and revises the policy's replies, SFT on the revisions, then labels and RL from there:
-docs/constitution_sl.md); smoke (the same judge on a fraction of the data, to see that everything runs). One word at
-most says how the policy is trained; drlaif goes with any algorithm of RL.
+docs/constitution_sl.md); lora (SmolLM2 itself as the policy, of which adapters alone are trained, for a few steps on
+few prompts: to see it run, docs/models.md); smoke (the same judge on a fraction of the data, to see that everything
+runs). One word at most says how the policy is trained; drlaif goes with any algorithm of RL.
 """
 
 from ml_collections import config_dict
@@ -28,6 +29,7 @@ from configs.parts import (
     direct_rlaif,
     embedded_corpus,
     group,
+    lora,
     no_gold,
     no_panel,
     optimizer,
@@ -39,6 +41,7 @@ from configs.parts import (
     rl_losses,
     sampling,
     sl_cai,
+    smollm2_adapters,
     source,
     teacher,
 )
@@ -61,6 +64,7 @@ ARMS = (
     "overoptimisation",
     "rounds",
     "constitutional",
+    "lora",
 )
 
 
@@ -102,7 +106,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     )
     config.policy = group(
         weights="",  # trained from scratch
+        adapter="",  # of PEFT, to go with weights
         model=group(
+            family="llama",  # or another one of rlaif_jax/models/families.py
             vocab_size=1024,  # of the tokenizer trained on the corpus
             hidden_size=128,
             intermediate_size=384,
@@ -121,6 +127,7 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         max_prompt_length=32,  # tokens
         max_response_length=34,  # tokens
     )
+    config.lora = lora()
     config.sampler = group(
         slots=64,  # replies decoded at a time
         refill=16,  # prompts read at a time
@@ -355,6 +362,8 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         constitutional(config)
         red_team_corpus(config)
         config.rl.keep_every = 2 if "smoke" in words else 8  # for a frontier over RL
+    if "lora" in words:
+        smollm2_adapters(config)
     if "rounds" in words:
         config.rounds = 3
     if "overoptimisation" in words:

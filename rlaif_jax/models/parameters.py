@@ -26,7 +26,7 @@ class Placement:
 
     def parameters(self, model: nn.Module, rules: Rules = RULES):
         """Shardings of a model's parameters, as a tree of their shape."""
-        return parameter_shardings(_abstract_boxes(model), self.mesh, self.replicated, rules)
+        return parameter_shardings(abstract_boxes(model), self.mesh, self.replicated, rules)
 
     @property
     def whole(self) -> NamedSharding:
@@ -34,7 +34,8 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
-def _abstract_boxes(model: nn.Module):
+def abstract_boxes(model: nn.Module):
+    """Shapes of a model's parameters with their logical axes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     # The key is made inside: a mesh of devices that nobody has can't run anything.
     return jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens, tokens), tokens)["params"]
@@ -45,7 +46,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
     A parameter of the layers has the shape that it has in one of them.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(_abstract_boxes(model)))
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract_boxes(model)))
     return {parameter_name(path): leaf.shape[in_layers(path) :] for path, leaf in leaves}
 
 
@@ -59,19 +60,22 @@ def in_layers(path) -> bool:
     return any(key.key == "layers" for key in path)
 
 
-def init_parameters(model: nn.Module, key: jax.Array, placement: Placement):
-    """Fresh parameters, each device making only its own slices."""
+def init_parameters(model: nn.Module, key: jax.Array, placement: Placement, parts: tuple[str, ...] = ()):
+    """Fresh parameters, each device making only its own slices. parts: those at the top that are wanted; () for all."""
+    shardings = placement.parameters(model)
+    wanted = parts or tuple(shardings)
 
     def init(key):
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return nn.unbox(model.init(key, tokens, tokens)["params"])
+        params = nn.unbox(model.init(key, tokens, tokens)["params"])
+        return {name: params[name] for name in wanted}
 
-    return jax.jit(init, out_shardings=placement.parameters(model))(key)
+    return jax.jit(init, out_shardings={name: shardings[name] for name in wanted})(key)
 
 
 def place_parameters(model: nn.Module, parameters, placement: Placement):
     """Puts a tree of host arrays on the mesh. Raises ValueError where its structure or a shape differs."""
-    shardings, boxes = placement.parameters(model), _abstract_boxes(model)
+    shardings, boxes = placement.parameters(model), abstract_boxes(model)
     shapes = jax.tree.map(lambda box: box.shape, nn.unbox(boxes))
     given = jax.tree.map(lambda x: x.shape, parameters)
     if given != shapes:
@@ -143,7 +147,7 @@ def abstract_parameters(model: nn.Module, placement: Placement, rules: Rules = R
     """Shapes, dtypes and shardings of a model's parameters."""
     return jax.tree.map(
         lambda box, sharding: jax.ShapeDtypeStruct(box.shape, box.dtype, sharding=sharding),
-        nn.unbox(_abstract_boxes(model)),
+        nn.unbox(abstract_boxes(model)),
         placement.parameters(model, rules),
     )
 
@@ -156,7 +160,8 @@ def decoding_model(model: LanguageModel) -> LanguageModel:
 def decoding_parameters(model: LanguageModel, parameters, placement: Placement, rules: Rules = DECODE_RULES):
     """The parameters of a model as `decoding_model` takes them, under the sharding rules of decoding or others.
 
-    They are in the dtype of the computation, so that a token reads no more bytes than it must.
+    They are in the dtype of the computation, so that a token reads no more bytes than it must, and an adapter is merged
+    into them.
     """
     return to_decoding(model, placement, tuple(rules.items()))(parameters)
 
@@ -170,11 +175,28 @@ def abstract_decoding_parameters(model: LanguageModel, placement: Placement, rul
     )
 
 
+def merged(params: dict, scale: float) -> dict:
+    """The parameters of the same model without an adapter (models/lora.py); a tree without one as it is.
+
+    scale: of the adapter's products.
+    """
+    layers = params["decoder"]["layers"]
+    if "lora" not in layers:
+        return params
+    weights = {name: layer for name, layer in layers.items() if name != "lora"}
+    for name, adapter in layers["lora"].items():
+        a, b = adapter["a"], adapter["b"]
+        product = jnp.einsum("lir,lro->lio", a.reshape(len(a), -1, a.shape[-1]), b.reshape(*b.shape[:2], -1))
+        weights[name] = (layers[name] + scale * product.reshape(layers[name].shape)).astype(layers[name].dtype)
+    return params | {"decoder": params["decoder"] | {"layers": weights}}
+
+
 @functools.lru_cache(maxsize=8)
 def to_decoding(model: LanguageModel, placement: Placement, rules: tuple):
     """The program of `decoding_parameters`; rules: as items."""
 
     def move(parameters):
+        parameters = merged(parameters, model.config.lora_scale)
         decoder = dict(parameters["decoder"])
         stacked = decoder.pop("layers")
         for i in range(model.config.num_hidden_layers):

@@ -48,6 +48,7 @@ class ModelConfig:
     query_pre_attn_scalar: float = 0.0  # queries are divided by its root, not by that of head_dim
     attn_logit_softcapping: float = 0.0  # scores x become cap * tanh(x / cap)
     final_logit_softcapping: float = 0.0  # and logits
+    lora_scale: float = 0.0  # what the products of an adapter count, where the parameters have one (models/lora.py)
     remat: str = "products"  # a name in REMAT: what is kept for the backward pass, and what computed again
     attention: str = "auto"  # a name in attention.IMPLEMENTATIONS
     dtype: str = "float32"  # of the computation; parameters, softmax and norms stay float32
@@ -201,7 +202,7 @@ class Layer(nn.Module):
         return Norm(FAMILIES[self.config.family].norm, self.config.rms_norm_eps, axis, name=name)(x)
 
     def _product(self, name: str, x, to, to_axes, axes=("embed",), writes: bool = False):
-        """x times the weight `name`, [*in, *to]; a bias where the family has one.
+        """x times the weight `name`, [*in, *to], with what its adapter and its bias add where there are any.
 
         writes: the result goes to the residual stream, which is to keep its size whatever the depth (GPT-2).
         """
@@ -209,6 +210,9 @@ class Layer(nn.Module):
         fan_in = math.prod(inputs) * (2 * c.num_hidden_layers if writes else 1)
         weight = _weight(self, name, (*inputs, *to), (*axes, *to_axes), fan_in)
         y = project(x, weight, contracted=len(axes))
+        adapter = self.get_variable("params", "lora", {}).get(name)
+        if adapter:
+            y = y + c.lora_scale * project(project(x, adapter["a"], contracted=len(axes)), adapter["b"])
         if name in FAMILIES[c.family].biases:
             init = nn.with_logical_partitioning(nn.initializers.zeros, to_axes)
             y = y + self.param(f"{name}_bias", init, to, jnp.float32).astype(y.dtype)
@@ -394,6 +398,9 @@ class LanguageModel(nn.Module):
             _weight(self, "lm_head", shape, ("embed", "vocab"), self.config.hidden_size)
         decoder = Decoder(self.config, self.scan_layers, name="decoder")
         return decoder(tokens, segment_ids, positions, ends, prefixes, cache, keep_keys, odd)
+
+
+HEAD = ("kernel", "bias")  # of a ScalarModel, beside its decoder
 
 
 class ScalarModel(nn.Module):

@@ -69,10 +69,15 @@ def _in_package(package: str) -> epath.Path:
     return files[0]
 
 
-@functools.cache
 def weights_hash(path: str) -> str:
-    """xxh3 of the files that a model is made of."""
-    found = file_hashes(open_weights(path).files)
+    """xxh3 of the files that the model at `path` is made of."""
+    return hash_of(open_weights(path).files)
+
+
+@functools.cache
+def hash_of(files: tuple[epath.Path, ...]) -> str:
+    """xxh3 of files."""
+    found = file_hashes(files)
     return found[0] if len(found) == 1 else xxhash.xxh3_64("".join(found).encode()).hexdigest()
 
 

@@ -31,6 +31,7 @@ RULES: Rules = {
     "head_dim": (),
     "layers": (),
     "positions": (),
+    "rank": (),
     "scalar": (),
 }
 # A model that is only read, a whole pass at a time (reference, reward model), is read with the policy and split alike.

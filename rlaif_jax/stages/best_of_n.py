@@ -35,7 +35,7 @@ def run_best_of_n(run: Run) -> None:
               "which nothing speaks for", flush=True)  # fmt: skip
     prompts = prompt_tokens(run.tokenizer(), chosen["prompt"])
     rows = packed(list(zip(prompts, chosen["tokens"], strict=True)), run.config.sft, run.order_seed("packing"))
-    tune(run, "best_of_n", run.config.best_of_n, rows, run.start_params)
+    tune(run, "best_of_n", run.config.best_of_n, rows, lambda: run.base_params("best_of_n"))
 
 
 def _choose(run: Run) -> pa.Table:

@@ -12,7 +12,7 @@ from rlaif_jax.files import file_hashes, read_json, remove_leftovers, write_json
 from rlaif_jax.judge.constitution import load_constitution
 from rlaif_jax.judge.prompts import load_template
 from rlaif_jax.judge.score import POLICY
-from rlaif_jax.models.weights import SHAPE, resolve, weights_hash
+from rlaif_jax.models.weights import SHAPE, hash_of, resolve, weights_hash
 from rlaif_jax.parallel import processes
 from rlaif_jax.stages.best_of_n import run_best_of_n
 from rlaif_jax.stages.critique import check_reviser, critique_template, run_critique
@@ -170,7 +170,10 @@ def stage_inputs(run: Run, name: str) -> dict:
         parts = [part for part in parts if part != "constitution"]
     flat = flatten(run.config) | _file_hashes(run)
     wanted = (key for key in flat if any(f"{key}.".startswith(f"{part}.") for part in parts))
-    return {key: flat[key] for key in wanted if not key.endswith(_OPERATIONAL)}
+    adapters = {stage: lora for stage in needed if (lora := run.lora(stage))}
+    return {key: flat[key] for key in wanted if not key.endswith(_OPERATIONAL)} | {
+        f"lora.{stage}": [lora.rank, lora.alpha, *lora.targets] for stage, lora in adapters.items()
+    }
 
 
 def _file_hashes(run: Run) -> dict[str, str]:
@@ -186,7 +189,7 @@ def _file_hashes(run: Run) -> dict[str, str]:
             hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
     if policy.weights:
         with blame("policy.weights"):
-            hashes["policy.weights_hash"] = weights_hash(policy.weights)
+            hashes["policy.weights_hash"] = hash_of(run.policy_weights().files)
     if run.config.sft.teacher.weights:
         with blame("sft.teacher.weights"):
             hashes["sft.teacher.weights_hash"] = weights_hash(run.config.sft.teacher.weights)

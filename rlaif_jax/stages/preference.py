@@ -19,6 +19,7 @@ from rlaif_jax.judge.prompts import Pair
 from rlaif_jax.judge.score import Judgement, judge_live, live_plan, load_judge
 from rlaif_jax.judge.store import UNSCORED
 from rlaif_jax.losses.preference import preference_loss
+from rlaif_jax.models.lora import joined, start
 from rlaif_jax.models.parameters import to_device
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel import processes
@@ -62,22 +63,23 @@ def run_preference(run: Run) -> None:
 
     Offline also `preference/reference.parquet`: the reference's log-prob of every response, worked out once.
     """
-    config, model = run.config.preference, run.language_model()
-    reference = run.waiting("reference", run.start_params())
+    config, model, lora = run.config.preference, run.language_model(), run.lora("preference")
+    reference = run.waiting("reference", run.base_params("preference"))
+    begin = start(model, lora, lambda: to_device(reference), run.key("preference adapter"), run.placement)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = step_function(model, optimizer, config)
     make_step = (_online if config.online else _offline)(run, model, reference)
 
     def next_step(state: TrainState, step: int):
-        batch, metrics, samples = make_step(state.params, step)
-        state, trained = step_fn(state, batch)
+        batch, metrics, samples = make_step(joined(begin.frozen, state.params), step)
+        state, trained = step_fn(state, batch, frozen=begin.frozen)
         return state, metrics | trained, samples
 
     train(
         run.folder("preference"),
         LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates),
-        abstract_state(model, optimizer, run.placement),
-        lambda: init_state(model, to_device(reference), optimizer, run.placement),
+        abstract_state(model, optimizer, run.placement, lora),
+        lambda: init_state(model, begin.trained(), optimizer, run.placement, lora),
         next_step,
         functools.partial(_watch, config.max_unscored_rate),
     )
@@ -86,7 +88,7 @@ def run_preference(run: Run) -> None:
 def step_function(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: PreferenceConfig
 ) -> jax.stages.Wrapped:
-    """(state, PreferenceBatch) -> (state, metrics)."""
+    """(state, PreferenceBatch, frozen) -> (state, metrics)."""
     loss = functools.partial(loss_of_pairs, model=model, config=config)
     return compiled_step(loss, optimizer, config.micro_batches)
 

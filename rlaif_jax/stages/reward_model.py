@@ -21,8 +21,9 @@ from rlaif_jax.evaluation.statistics import Figure, bootstrap_ci, mean_ci
 from rlaif_jax.files import read_json, write_json
 from rlaif_jax.judge.constitution import Principle, draw, select
 from rlaif_jax.losses.reward import bradley_terry_loss
+from rlaif_jax.models.lora import Start, start
 from rlaif_jax.models.parameters import init_parameters
-from rlaif_jax.models.transformer import ScalarModel
+from rlaif_jax.models.transformer import HEAD, ScalarModel
 from rlaif_jax.parallel.mesh import shard_batch
 from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.stages.label import ground_truth_agreement
@@ -67,15 +68,13 @@ def run_reward_model(run: Run) -> None:
     ]
     labels = _labels_by_member(config, table, comparisons.prob_a)
 
-    step_fn = step_function(model, optimizer, config)
-    abstract = side_by_side(abstract_state(model, optimizer, run.placement), config.members)
+    step_fn, lora = step_function(model, optimizer, config), run.lora("reward_model")
+    abstract = side_by_side(abstract_state(model, optimizer, run.placement, lora), config.members)
+    begins = _begins(run, model)
+    whole = functools.partial(run.whole_params, "reward_model", begins[0].frozen, members=config.members)
 
     def init() -> TrainState:
-        decoder = run.trained_params("sft", run.language_model())["decoder"]
-        # An average of weights means something between models that began alike (WARM, section 3).
-        numbers = [0 if config.combine == "weights" else i for i in range(config.members)]
-        heads = [init_parameters(model, run.key("reward_head", number), run.placement) for number in numbers]
-        members = [init_state(model, head | {"decoder": decoder}, optimizer, run.placement) for head in heads]
+        members = [init_state(model, begin.trained(), optimizer, run.placement, lora) for begin in begins]
         return stack(members, abstract)
 
     def next_step(state: TrainState, step: int):
@@ -84,28 +83,47 @@ def run_reward_model(run: Run) -> None:
             jax.tree.map(lambda x, chosen=chosen: x[chosen], comparisons.replace(prob_a=prob_a))
             for chosen, prob_a in zip(rows, labels, strict=True)
         ]
-        state, metrics = step_fn(state, [shard_batch(batch, run.placement.mesh) for batch in of_members])
+        sharded = [shard_batch(batch, run.placement.mesh) for batch in of_members]
+        state, metrics = step_fn(state, sharded, begins[0].frozen)
         tokens = sum(x.prompt_mask[rows].sum() + x.response_mask[rows].sum() for x in (comparisons.a, comparisons.b))
         params = state.params
-        samples = lambda: _compared(run, params, table, comparisons, rows[0]) if step + 1 == config.steps else []  # noqa: E731
+        samples = lambda: _compared(run, whole(params), table, comparisons, rows[0]) if step + 1 == config.steps else []  # noqa: E731
         return state, metrics | {"tokens": tokens}, samples
 
     loop = LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates)
     state = train(run.folder("reward_model"), loop, abstract, init, next_step)
-    _finish(run, state.params, table, comparisons)
+    _finish(run, whole(state.params), table, comparisons)
+
+
+def _begins(run: Run, model: ScalarModel) -> list[Start]:
+    """What each member begins with: the SFT policy's decoder, and a head of its own."""
+    config, lora, decoder = run.config.reward_model, run.lora("reward_model"), None
+
+    def params(number: int) -> dict:
+        nonlocal decoder  # of all members
+        decoder = decoder or run.base_params("reward_model")["decoder"]
+        return init_parameters(model, run.key("reward_head", number), run.placement, HEAD) | {"decoder": decoder}
+
+    # An average of weights means something between models that began alike (WARM, section 3).
+    numbers = [0 if config.combine == "weights" else i for i in range(config.members)]
+    keys = [run.key("reward_model adapter", number) for number in numbers]
+    return [
+        start(model, lora, functools.partial(params, number), key, run.placement)
+        for number, key in zip(numbers, keys, strict=True)
+    ]
 
 
 def step_function(
     model: ScalarModel, optimizer: optax.GradientTransformation, config: RewardModelConfig
 ) -> jax.stages.Wrapped:
-    """(state of all members, a batch of each) -> (state, metrics), compiled; the state is donated."""
-
-    def step_of_one(model: ScalarModel, state: TrainState, batch: Comparisons):
-        loss = functools.partial(reward_loss, model=model, config=config)
-        return train_step(state, batch, loss, optimizer, config.micro_batches)
+    """(state of all members, a batch of each, frozen) -> (state, metrics), compiled; the state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batches: list[Comparisons]):
+    def step(state: TrainState, batches: list[Comparisons], frozen: dict):
+        def step_of_one(model: ScalarModel, state: TrainState, batch: Comparisons):
+            loss = functools.partial(reward_loss, model=model, config=config)
+            return train_step(state, batch, loss, optimizer, config.micro_batches, frozen)
+
         state, metrics = over_members(step_of_one, model, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
         counts = ("skipped", "skipped_updates")
         return state, {name: jnp.sum(x) if name in counts else jnp.mean(x) for name, x in metrics.items()}

@@ -11,7 +11,9 @@ from rlaif_jax.config import RLConfig
 from rlaif_jax.data.encoding import decode_responses
 from rlaif_jax.data.packing import PackedRows, lay_out
 from rlaif_jax.errors import UserError
+from rlaif_jax.models.lora import Start, joined, start
 from rlaif_jax.models.parameters import init_parameters, to_device
+from rlaif_jax.models.transformer import HEAD
 from rlaif_jax.parallel.mesh import batch_sharding, shard_batch, shard_rows
 from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.progress import warn
@@ -24,7 +26,7 @@ from rlaif_jax.training.alarms import alarms
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.policy_update import update
-from rlaif_jax.training.rollout import Control, Moments, RLState, Sampled, initial_control, make_rollout
+from rlaif_jax.training.rollout import Control, Frozen, Moments, RLState, Sampled, initial_control, make_rollout
 from rlaif_jax.training.sequences import Sequences
 from rlaif_jax.training.state import abstract_state, init_state
 
@@ -37,31 +39,36 @@ def run_rl(run: Run) -> None:
     one_shape = bool(config.rollout_lag)  # responses kept in the state
     what = "rl.batch_size / group_size"
     rollouts = Rollouts(run, "rl", count, config.group_size, config.sampling, what, one_shape)
-    reference = run.waiting("reference", run.start_params())
+    lora, reference = run.lora("rl"), run.waiting("reference", run.base_params("rl"))
     reward_model = run.waiting("reward_model", load_reward_model(run) if config.rewards.reward_model else None)
     exact_kl = config.kl.placement == "loss" and config.kl.estimator == "full"
     text_rewards, gold, demonstrations = load_rewards(run), load_gold(run), _demonstrations(run)
 
+    begin = start(model, lora, lambda: to_device(reference), run.key("rl adapter"), run.placement)
+    of_value = Start({}, dict)
+    if config.advantage == "gae":
+        key = run.key("value adapter")
+        of_value = start(scalar_model, lora, lambda: _value_params(run, to_device(reference)), key, run.placement)
+    frozen = Frozen(begin.frozen, of_value.frozen)
     optimizer, value_optimizer = optimizers(config)
     update_fn = update_function(run)
     zeros = shard_batch(np.zeros(config.batch_size, np.float32), mesh)
 
     def init() -> RLState:
-        policy = to_device(reference)
-        begin = init_state(model, policy, optimizer, run.placement)
-        value = None
+        policy, value = init_state(model, begin.trained(), optimizer, run.placement, lora), None
         if config.advantage == "gae":
-            value = init_state(scalar_model, _value_params(run, policy), value_optimizer, run.placement)
+            value = init_state(scalar_model, of_value.trained(), value_optimizer, run.placement, lora)
         control = jax.tree.map(lambda x: put(x, run.placement.whole), initial_control(config))
-        pending = rollouts.sample(policy, 0) if config.rollout_lag else None
-        return RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, control, pending)
+        pending = rollouts.sample(to_device(reference), 0) if config.rollout_lag else None
+        return RLState(policy.step, policy.params, policy.opt_state, policy.skipped, value, control, pending)
 
     def next_step(state: RLState, step: int):
-        sampled = state.pending
+        sampled, policy = state.pending, joined(frozen.policy, state.params)
         if config.rollout_lag:
-            state = state.replace(pending=rollouts.sample(state.params, step + 1))
+            state = state.replace(pending=rollouts.sample(policy, step + 1))
         else:
-            sampled = rollouts.sample(state.params, step)
+            sampled = rollouts.sample(policy, step)
+        del policy  # the update donates what is trained
         prompts, scores, text_metrics = rollouts.prompts(step), zeros, {}
         if text_rewards.needed or gold.needed:
             sequences = to_host(sampled.sequences)
@@ -71,13 +78,13 @@ def run_rl(run: Run) -> None:
             scores = shard_batch(host_scores, mesh)
         used = to_device((reference, reward_model))
         rollout, control, scores, metrics = make_rollout(
-            model, scalar_model, state, *used, sampled, scores, config=config
+            model, scalar_model, state, *used, sampled, scores, frozen, config=config
         )
         in_update = used[0] if exact_kl else None
         del used  # copies of what waits in host memory are gone before the update
         kl_coef, key = state.control.kl_coef, run.key("permutation", step)
         state = state.replace(control=None)
-        state, update_metrics = update_fn(state, rollout, kl_coef, in_update, demonstrations(step), key)
+        state, update_metrics = update_fn(state, rollout, kl_coef, in_update, demonstrations(step), key, frozen)
         state = state.replace(control=control)
         if gold.needed:  # nothing waits for it: the device updates meanwhile
             text_metrics |= gold.metrics(prompts, texts)
@@ -122,9 +129,10 @@ def update_function(run: Run) -> jax.stages.Wrapped:
 def abstract_rl_state(run: Run) -> RLState:
     """Shapes, dtypes and shardings of the state between two iterations."""
     config, (optimizer, value_optimizer) = run.config.rl, optimizers(run.config.rl)
-    begin, value = abstract_state(run.language_model(), optimizer, run.placement), None
+    lora, value = run.lora("rl"), None
+    begin = abstract_state(run.language_model(), optimizer, run.placement, lora)
     if config.advantage == "gae":
-        value = abstract_state(run.scalar_model(), value_optimizer, run.placement)
+        value = abstract_state(run.scalar_model(), value_optimizer, run.placement, lora)
     pending = abstract_sampled(run) if config.rollout_lag else None
     return RLState(begin.step, begin.params, begin.opt_state, begin.skipped, value, _abstract_control(run), pending)
 
@@ -156,7 +164,8 @@ def _value_params(run: Run, reference) -> dict:
     """What the value network begins as (Huang et al.: the reward model; Lee et al.: the SFT policy)."""
     if run.config.rl.value_init == "reward_model":
         return first_member(load_reward_model(run))
-    return init_parameters(run.scalar_model(), run.key("value_head"), run.placement) | {"decoder": reference["decoder"]}
+    head = init_parameters(run.scalar_model(), run.key("value_head"), run.placement, HEAD)
+    return head | {"decoder": reference["decoder"]}
 
 
 def _demonstrations(run: Run):

@@ -26,15 +26,25 @@ from rlaif_jax.evaluation.names import stage_and_iteration
 from rlaif_jax.files import read_json, read_parquet, there
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
-from rlaif_jax.models.parameters import Placement, abstract_parameters, check_host_memory, to_host_memory
+from rlaif_jax.models.lora import LoraConfig, abstract_trained, whole_params
+from rlaif_jax.models.parameters import (
+    Placement,
+    abstract_parameters,
+    check_host_memory,
+    init_parameters,
+    to_host_memory,
+)
+from rlaif_jax.models.peft import with_adapter
 from rlaif_jax.models.shapes import model_config
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
+from rlaif_jax.models.weights import Weights, load_parameters, open_weights
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import FORWARD_RULES, JUDGE_RULES, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 from rlaif_jax.training.checkpoints import check_whole, restore_params
 from rlaif_jax.training.reward_models import side_by_side
 
+_AFTER_SFT = ("sl_cai", "reward_model")  # the stages that begin with the SFT policy, whatever the round
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "gguf")
 
 
@@ -97,13 +107,16 @@ class Run:
 
     def model_config(self) -> ModelConfig:
         """The policy's shape: that of its weights, or the config's where it is trained from scratch."""
-        policy = self.config.policy
-        if not policy.weights:
-            return policy.model
-        shape = model_config(policy.weights)
+        policy, own = self.config.policy, self.config.policy.model
+        shape = model_config(policy.weights) if policy.weights else own
         return dataclasses.replace(
-            shape, remat=policy.model.remat, dtype=policy.model.dtype, attention=policy.model.attention
+            shape, remat=own.remat, dtype=own.dtype, attention=own.attention, lora_scale=self.config.lora.scale
         )
+
+    def lora(self, stage: str) -> LoraConfig | None:
+        """The adapters that a stage trains; None where it trains all weights."""
+        lora = self.config.lora
+        return lora if lora.rank and stage in lora.stages else None
 
     def language_model(self) -> LanguageModel:
         """The policy's architecture."""
@@ -134,11 +147,37 @@ class Run:
         members: of models that were trained side by side, each leaf [members, ...]; 0 for one without that axis.
         iteration: of RL, after how many of its iterations, of those that it keeps; 0 for its end.
         """
-        abstract = abstract_parameters(model, self.placement, FORWARD_RULES)
+        lora = self.lora(stage)
+        abstract = abstract_trained(model, self.placement, lora, FORWARD_RULES)
         abstract = side_by_side(abstract, members) if members else abstract
         folder, last = self.folder(stage) / "checkpoints", getattr(self.config, stage).steps
         with self._remedy(stage, iteration):
-            return restore_params(folder, iteration or last, abstract)
+            trained = restore_params(folder, iteration or last, abstract)
+        base = self.base_params(stage) if lora else {}
+        frozen = base if isinstance(model, LanguageModel) or not lora else {"decoder": base["decoder"]}
+        return self.whole_params(stage, frozen, trained, members)
+
+    def whole_params(self, stage: str, frozen: dict, trained: dict, members: int = 0) -> dict:
+        """What a stage has trained as parameters of a whole model, an adapter merged into what was frozen."""
+        lora = self.lora(stage)
+        return whole_params(frozen, trained, lora.scale, members) if lora else trained
+
+    def base_params(self, stage: str) -> dict:
+        """The policy's parameters as a stage finds them."""
+        if stage == "sft":
+            return self._initial_params()
+        return self.trained_params("sft", self.language_model()) if stage in _AFTER_SFT else self.start_params()
+
+    def _initial_params(self) -> dict:
+        model, policy = self.language_model(), self.config.policy
+        if not policy.weights:
+            return init_parameters(model, self.key("init"), self.placement)
+        return load_parameters(self.policy_weights(), abstract_parameters(model, self.placement))
+
+    def policy_weights(self) -> Weights:
+        """The model that the policy begins as. Raises UserError where it or its adapter can't be read."""
+        weights, adapter = open_weights(self.config.policy.weights), self.config.policy.adapter
+        return with_adapter(weights, adapter) if adapter else weights
 
     def check_kept(self) -> None:
         """Raises UserError where a policy that RL keeps on its way is missing or damaged."""

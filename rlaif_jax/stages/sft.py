@@ -12,9 +12,8 @@ from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
 from rlaif_jax.data.prepare import load, prepare, training_texts
-from rlaif_jax.models.parameters import abstract_parameters, init_parameters
+from rlaif_jax.models.lora import joined, start
 from rlaif_jax.models.transformer import LanguageModel
-from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_rows
 from rlaif_jax.stages.replies import sample_replies
@@ -30,7 +29,7 @@ from rlaif_jax.training.step import compiled_step
 def run_sft(run: Run) -> None:
     """Reads the sources, trains, and writes `sft/data`, `sft/tokenizer` and `sft/checkpoints`."""
     processes.agree(lambda: _prepare_data(run))
-    tune(run, "sft", run.config.sft, demonstration_rows(run), lambda: initial_params(run, run.language_model()))
+    tune(run, "sft", run.config.sft, demonstration_rows(run), lambda: run.base_params("sft"))
 
 
 def tune(
@@ -44,24 +43,25 @@ def tune(
     row_length = run.config.sft.row_length
     what = f"{stage}.batch_size"
     batches = shuffled_batches(range(len(rows)), config.batch_size, run.order_seed(stage), what, "rows")
-    model = run.language_model()
+    model, lora = run.language_model(), run.lora(stage)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = step_function(model, optimizer, config)
+    begin = start(model, lora, initial, run.key(f"{stage} adapter"), run.placement)
 
     def next_step(state: TrainState, step: int):
         chosen = [rows[row] for row in batches[step]]
         batch = shard_rows(chosen, lambda rows: lay_out(rows, row_length), run.placement.mesh)
-        state, metrics = step_fn(state, batch)
+        state, metrics = step_fn(state, batch, frozen=begin.frozen)
         tokens = sum(len(prompt) + len(completion) for row in chosen for prompt, completion in row)
-        params = state.params
+        params = joined(begin.frozen, state.params)
         samples = lambda: _samples(run, stage, params) if step + 1 == config.steps else []  # noqa: E731
         return state, metrics | {"tokens": tokens}, samples
 
     train(
         run.folder(stage),
         LoopConfig(config.steps, config.checkpoint_every, config.keep_best, config.max_skipped_updates),
-        abstract_state(model, optimizer, run.placement),
-        lambda: init_state(model, initial(), optimizer, run.placement),
+        abstract_state(model, optimizer, run.placement, lora),
+        lambda: init_state(model, begin.trained(), optimizer, run.placement, lora),
         next_step,
     )
 
@@ -69,7 +69,7 @@ def tune(
 def step_function(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: TrainingConfig
 ) -> jax.stages.Wrapped:
-    """(state, PackedRows) -> (state, metrics)."""
+    """(state, PackedRows, frozen) -> (state, metrics)."""
     return compiled_step(functools.partial(sft_loss, model=model), optimizer, config.micro_batches)
 
 
@@ -124,10 +124,3 @@ def _prepare_data(run: Run) -> None:
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder / "tokenizer"))
     prepare(data, seed, tokenizer, policy.max_prompt_length, policy.max_response_length, folder / "data")
-
-
-def initial_params(run: Run, model: LanguageModel):
-    """The parameters that SFT begins with: those of the weights, or random ones."""
-    if run.config.policy.weights:
-        return load_parameters(open_weights(run.config.policy.weights), abstract_parameters(model, run.placement))
-    return init_parameters(model, run.key("init"), run.placement)

@@ -23,8 +23,7 @@ def run_sl_cai(run: Run) -> None:
     examples = read_parquet(file)
     write_json(folder / "results.json", _counts(examples["row"].null_count, examples.num_rows))
     rows = packed_replies(run, examples.to_pydict())
-    model = run.language_model()
-    tune(run, "sl_cai", run.config.sl_cai, rows, lambda: run.trained_params("sft", model))
+    tune(run, "sl_cai", run.config.sl_cai, rows, lambda: run.base_params("sl_cai"))
 
 
 # Where an example is from: the row and the round (from 1) of `critique/revisions.parquet`; null for a demonstration.

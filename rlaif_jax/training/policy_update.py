@@ -13,7 +13,7 @@ from rlaif_jax.losses.logprobs import entropy_and_kl
 from rlaif_jax.losses.policy import aggregate, clipped_loss, clipped_value_loss, reinforce_loss
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel, unembedding
 from rlaif_jax.training.packed import sft_loss
-from rlaif_jax.training.rollout import RLState, Rollout
+from rlaif_jax.training.rollout import NOTHING, Frozen, RLState, Rollout
 from rlaif_jax.training.sequences import logprobs_of, response_states, response_values
 from rlaif_jax.training.step import train_step
 
@@ -75,6 +75,7 @@ def update(
     reference,
     demonstrations: PackedRows | None,
     key: jax.Array,
+    frozen: Frozen = NOTHING,
     *,
     model: LanguageModel,
     scalar_model: ScalarModel,
@@ -101,10 +102,14 @@ def update(
     def minibatch(state: RLState, inputs):
         rows, demonstrations = inputs
         batch = jax.tree.map(lambda x: x[rows], rollout)
-        policy, metrics = train_step(state.policy, (batch, demonstrations), losses[0], optimizer, config.micro_batches)
+        policy, metrics = train_step(
+            state.policy, (batch, demonstrations), losses[0], optimizer, config.micro_batches, frozen.policy
+        )
         state = state.with_policy(policy)
         if state.value is not None:
-            value, of_value = train_step(state.value, batch, losses[1], value_optimizer, config.micro_batches)
+            value, of_value = train_step(
+                state.value, batch, losses[1], value_optimizer, config.micro_batches, frozen.value
+            )
             metrics |= {"value/" + name.removeprefix("value/"): x for name, x in of_value.items()}
             state = state.replace(value=value)
         return state, metrics

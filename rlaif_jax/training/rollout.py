@@ -4,6 +4,7 @@ Follows Huang et al., "The N+ Implementation Details of RLHF with PPO" (arXiv 24
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rlaif_jax.losses.advantages import gae, group_relative, leave_one_out, mask
 from rlaif_jax.losses.kl import adapt, k1, k2, k3
 from rlaif_jax.losses.logprobs import entropy_and_kl
 from rlaif_jax.losses.policy import truncated_weights
+from rlaif_jax.models.lora import joined
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel, unembedding
 from rlaif_jax.training.reward_models import RewardModel, centred_rewards, combined_reward, principle_metrics
 from rlaif_jax.training.sequences import Sequences, logprobs_of, response_states, response_values
@@ -68,6 +70,16 @@ class RLState(struct.PyTreeNode):
     def with_policy(self, policy: TrainState) -> "RLState":
         """The state with another policy."""
         return self.replace(step=policy.step, params=policy.params, opt_state=policy.opt_state, skipped=policy.skipped)
+
+
+class Frozen(NamedTuple):
+    """Parameters that RL does not train, as where it trains adapters: `lora.joined` with a state's they are whole."""
+
+    policy: dict
+    value: dict
+
+
+NOTHING = Frozen({}, {})
 
 
 class Rollout(struct.PyTreeNode):
@@ -133,6 +145,7 @@ def make_rollout(
     reward_model: RewardModel | None,
     sampled: Sampled,
     scores: jax.Array,
+    frozen: Frozen = NOTHING,
     *,
     config: RLConfig,
 ) -> tuple[Rollout, Control, jax.Array, dict[str, jax.Array]]:
@@ -144,11 +157,12 @@ def make_rollout(
     Returns (rollout, the control of the next iteration, scores with all parts [batch], metrics).
     """
     sequences, temperature = sampled.sequences, config.sampling.temperature
-    states = response_states(model, state.params, sequences)
+    policy = joined(frozen.policy, state.params)
+    states = response_states(model, policy, sequences)
     ref_states = response_states(model, reference, sequences)
-    old_logprobs = logprobs_of(model, states, state.params, sequences, temperature)
+    old_logprobs = logprobs_of(model, states, policy, sequences, temperature)
     ref_logprobs = logprobs_of(model, ref_states, reference, sequences, temperature)
-    matrices = unembedding(state.params), unembedding(reference)
+    matrices = unembedding(policy), unembedding(reference)
     cap = model.config.final_logit_softcapping
     entropy, full_kl = entropy_and_kl(states, matrices[0], ref_states, matrices[1], temperature, cap=cap)
     by_principle = {}
@@ -170,7 +184,9 @@ def make_rollout(
         used *= 1 - kl_coef
     log_ratio = k1(old_logprobs, ref_logprobs) * mask
     in_reward = kl_coef if config.kl.placement == "reward" else jnp.float32(0)
-    values = None if state.value is None else response_values(scalar_model, state.value.params, sequences) * mask
+    values = None
+    if state.value is not None:
+        values = response_values(scalar_model, joined(frozen.value, state.value.params), sequences) * mask
     advantages, returns = _advantages(used, log_ratio, in_reward, values, mask, valid, config)
 
     lags = old_logprobs - sampled.logprobs

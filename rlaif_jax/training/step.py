@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlaif_jax.models.lora import joined
 from rlaif_jax.training.state import TrainState
 
 # (params, batch) -> (sums, weights, metrics): the loss is the sum of what each sum is over its weight, one of each or
@@ -17,7 +18,12 @@ Loss = Callable[[dict, Any], tuple[Any, Any, dict[str, tuple[jax.Array, jax.Arra
 
 
 def train_step(
-    state: TrainState, batch, loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int = 1
+    state: TrainState,
+    batch,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int = 1,
+    frozen: dict | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. Returns the state, and the loss's metrics, `loss`, `grad_norm` and the new `param_norm`.
 
@@ -26,8 +32,10 @@ def train_step(
 
     micro_batches: parts of the batch that are worked on one after another, for memory; a divisor of its rows on each
       device. Their gradients add up to that of the whole batch.
+    frozen: parameters of the model that are not in the state, and stay as they are.
     """
-    value, metrics, grads = _loss_and_gradient(state.params, batch, loss, micro_batches)
+    whole = lambda params, batch: loss(joined(frozen or {}, params), batch)  # noqa: E731
+    value, metrics, grads = _loss_and_gradient(state.params, batch, whole, micro_batches)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -41,7 +49,7 @@ def train_step(
 
 
 def compiled_step(loss: Loss, optimizer: optax.GradientTransformation, micro_batches: int) -> jax.stages.Wrapped:
-    """(state, batch) -> (state, metrics): `train_step`, compiled; the state is donated."""
+    """(state, batch, frozen={}) -> (state, metrics): `train_step`, compiled; the state is donated."""
     step = functools.partial(train_step, loss=loss, optimizer=optimizer, micro_batches=micro_batches)
     return jax.jit(step, donate_argnums=0)
 
