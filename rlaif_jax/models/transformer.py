@@ -6,6 +6,7 @@ layers stacked along a leading axis and scanned.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -66,13 +67,64 @@ def project(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
 
     [batch, length, *in] x [*in, *out] -> [batch, length, *out], as one product of two matrices: XLA's CPU backend
     takes twice as long for the gradient of the same contraction with separate batch and length dimensions. Where both
-    are split, one dimension of them could not be.
+    are split, one dimension of them could not be. The gradient of weight is summed in weight's dtype.
     """
     if splits_length():
-        return jnp.tensordot(x, weight.astype(x.dtype), contracted)
+        return _product(x, weight, contracted)
     inputs, outputs = weight.shape[:contracted], weight.shape[contracted:]
-    matrix = weight.astype(x.dtype).reshape(math.prod(inputs), math.prod(outputs))
-    return (x.reshape(-1, math.prod(inputs)) @ matrix).reshape(*x.shape[:-contracted], *outputs)
+    matrix = weight.reshape(math.prod(inputs), math.prod(outputs))
+    return _product(x.reshape(-1, math.prod(inputs)), matrix, 1).reshape(*x.shape[:-contracted], *outputs)
+
+
+def _product(x: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
+    if x.dtype == weight.dtype:
+        return jnp.tensordot(x, weight, contracted)
+    product = jnp.tensordot(x, jax.lax.stop_gradient(weight).astype(x.dtype), contracted)
+    return _with_weight_gradient(product, x, weight)
+
+
+@jax.custom_vjp
+def _with_weight_gradient(product, x, weight):
+    """`product` itself. Without this, the gradient of a weight that is cast would be summed as what it is cast to, over
+    tokens and over devices. The product stands outside, where a policy of `REMAT` can tell it.
+    """
+    return product
+
+
+def _with_weight_gradient_forward(product, x, weight):
+    return product, (x, weight)
+
+
+def _with_weight_gradient_backward(residuals, slope):
+    x, weight = residuals
+    rows = tuple(range((x.ndim + slope.ndim - weight.ndim) // 2))
+    return slope, None, jnp.tensordot(x, slope, (rows, rows), preferred_element_type=weight.dtype)
+
+
+_with_weight_gradient.defvjp(_with_weight_gradient_forward, _with_weight_gradient_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(embedding: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
+    """The rows of tokens, in a dtype; their gradients are summed in the dtype of the embedding.
+
+    [vocab, width], [batch, length] int32 -> [batch, length, width].
+    """
+    # Whole along the width, or the states of all rows would be looked up on every device, a part of the width each.
+    return constrain(embedding.astype(dtype), "vocab", None, odd=("vocab",))[tokens]
+
+
+def _look_up_forward(embedding, tokens, dtype: str):
+    return look_up(embedding, tokens, dtype), (embedding, tokens)
+
+
+def _look_up_backward(dtype: str, residuals, slope):
+    embedding, tokens = residuals
+    gradient = jnp.zeros_like(embedding).at[tokens].add(slope.astype(embedding.dtype))
+    return constrain(gradient, "vocab", None, odd=("vocab",)), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -220,9 +272,7 @@ class Decoder(nn.Module):
         context = _context(segment_ids, positions, ends, prefixes, cache)
         init = nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed"))
         embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
-        # Whole along the width, or the states of all rows would be looked up on every device, a part of the width each.
-        table = constrain(embedding.astype(c.dtype), "vocab", None, odd=("vocab",))
-        x = constrain(table[tokens], "batch", "length", None, odd=odd)
+        x = constrain(look_up(embedding, tokens, c.dtype), "batch", "length", None, odd=odd)
         layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[c.remat])
         prefixed = tuple(prefix.layers for prefix in prefixes)
         if self.scan_layers:
