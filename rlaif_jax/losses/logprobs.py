@@ -121,8 +121,8 @@ def _logits(hidden, unembedding, temperature: float):
 
 @jax.custom_vjp
 def _product(hidden, unembedding):
-    """In the dtype of hidden, and given as float32."""
-    return (hidden @ unembedding.astype(hidden.dtype)).astype(jnp.float32)
+    """Of factors in the dtype of hidden; float32."""
+    return jnp.matmul(hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _product_forward(hidden, unembedding):

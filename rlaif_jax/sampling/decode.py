@@ -117,4 +117,4 @@ def decode(
 
 
 def _logits(hidden: jax.Array, parameters) -> jax.Array:
-    return (hidden @ unembedding(parameters).astype(hidden.dtype)).astype(jnp.float32)
+    return jnp.matmul(hidden, unembedding(parameters).astype(hidden.dtype), preferred_element_type=jnp.float32)

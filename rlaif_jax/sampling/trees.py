@@ -153,7 +153,7 @@ def tree_logprobs(model, params, prefixes, tokens, positions, ends, asked_after,
 def answer_logprobs(hidden, unembedding, asked_after, asked_token) -> jax.Array:
     """Log-prob of token asked_token[r, q] after the token at asked_after[r, q]: [rows, asked] float32."""
     states = jnp.take_along_axis(hidden, asked_after[..., None], axis=1)
-    logits = (states @ unembedding.astype(states.dtype)).astype(jnp.float32)
+    logits = jnp.matmul(states, unembedding.astype(states.dtype), preferred_element_type=jnp.float32)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     return jnp.take_along_axis(logprobs, asked_token[..., None], axis=-1)[..., 0]
 
