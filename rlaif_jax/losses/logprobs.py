@@ -141,7 +141,10 @@ _product.defvjp(_product_forward, _product_backward)
 def _gradients(hidden, matrix, for_logits) -> tuple[jax.Array, jax.Array]:
     """Of hidden, in its dtype, and of the matrix: a sum in float32, over tokens and over devices."""
     for_logits = for_logits.astype(hidden.dtype)
-    for_matrix = jnp.einsum("blw,blv->wv", hidden, for_logits, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, "blw,blv->wv", preferred_element_type=jnp.float32)
+    # XLA's CPU backend lacks some products of bfloat16 factors with float32 sums: there the factors are widened.
+    wide = lambda *factors: product(*(x.astype(jnp.float32) for x in factors))  # noqa: E731
+    for_matrix = jax.lax.platform_dependent(hidden, for_logits, cpu=wide, default=product)
     return jnp.einsum("blv,wv->blw", for_logits, matrix), for_matrix
 
 

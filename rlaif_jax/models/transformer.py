@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from rlaif_jax.models.attention import OUTPUT_NAME, attend
 from rlaif_jax.models.attention import Block as Keys
 from rlaif_jax.models.cache import KVCache, LayerCache, append
-from rlaif_jax.parallel.mesh import constrain, splits_length
+from rlaif_jax.parallel.mesh import constrain, platform, splits_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,9 @@ def _with_weight_gradient_forward(product, x, weight):
 def _with_weight_gradient_backward(residuals, slope):
     x, weight = residuals
     rows = tuple(range((x.ndim + slope.ndim - weight.ndim) // 2))
-    return slope, None, jnp.tensordot(x, slope, (rows, rows), preferred_element_type=weight.dtype)
+    # XLA's CPU backend lacks some products of bfloat16 factors with float32 sums: there the factors are widened.
+    x, slope_of_weight = (y.astype(weight.dtype) if platform() == "cpu" else y for y in (x, slope))
+    return slope, None, jnp.tensordot(x, slope_of_weight, (rows, rows), preferred_element_type=weight.dtype)
 
 
 _with_weight_gradient.defvjp(_with_weight_gradient_forward, _with_weight_gradient_backward)
