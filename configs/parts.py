@@ -24,6 +24,7 @@ def optimizer(learning_rate: float, schedule: str, warmup_steps: int, weight_dec
         eps=1e-8,
         weight_decay=weight_decay,
         max_grad_norm=1.0,
+        moment_dtype="float32",
     )
 
 

@@ -26,7 +26,7 @@ from rlaif_jax.models.families import FAMILIES
 from rlaif_jax.models.lora import TARGETS
 from rlaif_jax.models.transformer import REMAT, ModelConfig
 from rlaif_jax.parallel.mesh import OFFLOADED, RULES, batch_ways
-from rlaif_jax.training.optimizer import SCHEDULES
+from rlaif_jax.training.optimizer import MOMENT_DTYPES, SCHEDULES
 
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", *POLICY_STAGES, "eval", "overoptimisation")
 LORA_STAGES = ("sft", "sl_cai", "reward_model", *POLICY_STAGES)  # that train a model
@@ -124,6 +124,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("panel.disagreement", "none, weight or filter", lambda x: x in ("none", "weight", "filter")),
     ("panel.max_disagreement", "from 0 to 0.25, a variance of probabilities", lambda x: 0 <= x <= 0.25),
     ("*.schedule", f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES),
+    ("*.moment_dtype", f"one of {', '.join(MOMENT_DTYPES)}", lambda x: x in MOMENT_DTYPES),
     ("*.keep_best", '"", "min METRIC" or "max METRIC"', lambda x: re.fullmatch(r"((min|max) \S+)?", x) is not None),
     ("*.attention", f"one of {', '.join(IMPLEMENTATIONS)}", lambda x: x in IMPLEMENTATIONS),
     ("policy.model.remat", f"one of {', '.join(REMAT)}", lambda x: x in REMAT),
@@ -514,7 +515,8 @@ def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:
 
 def _sizes() -> list[dataclasses.Field]:
     """The numbers that every decoder has."""
-    return [field for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING]
+    numbers = (field for field in dataclasses.fields(ModelConfig) if field.type in (int, float))
+    return [field for field in numbers if field.default is dataclasses.MISSING]
 
 
 def _require(flat: Mapping[str, Any], patterns: str, what: str, holds: Callable[[Any], bool]) -> None:

@@ -43,8 +43,8 @@ def tiny(**changes) -> ModelConfig:
 
 
 def optimizer_config(**changes) -> OptimizerConfig:
-    config = OptimizerConfig(1e-3, "constant", 0, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0)
-    return dataclasses.replace(config, **changes)
+    numbers = {"b1": 0.9, "b2": 0.98, "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}
+    return dataclasses.replace(OptimizerConfig(1e-3, "constant", 0, **numbers, moment_dtype="float32"), **changes)
 
 
 def quickstart_config() -> Config:

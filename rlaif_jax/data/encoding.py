@@ -14,12 +14,10 @@ from rlaif_jax.errors import UserError
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
     """Prompts through the chat template, as token lists that end where a reply begins.
 
-    Role tokens that a prompt spells out are read as text. Raises UserError for a tokenizer without chat template.
+    Role tokens that a prompt spells out are read as text. Raises UserError as `chat_text`.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("the policy's tokenizer has no chat template: use the weights of an instruction-tuned model")
     role = re.compile("(" + "|".join(map(re.escape, special_tokens(tokenizer).values())) + ")")
-    pieces = [role.split(_rendered(tokenizer, turns)) for turns in map(messages, prompts)]  # every other one is a role
+    pieces = [role.split(_marked(tokenizer, turns)) for turns in map(messages, prompts)]  # every other one is a role
     contents = [[turn["content"] for turn in messages(prompt)] for prompt in prompts]
     texts = [_filled(text, content) for parts, content in zip(pieces, contents, strict=True) for text in parts[::2]]
     tokens = iter(texts_to_tokens(tokenizer, texts))
@@ -27,10 +25,27 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) ->
     return [[x for i, part in enumerate(parts) for x in ([roles[part]] if i % 2 else next(tokens))] for parts in pieces]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, str]]) -> str:
+def chat_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, str]]) -> str:
+    """The turns (`role`, `content`) through the chat template, up to where a reply begins.
+
+    Raises UserError for a tokenizer without chat template, and for turns that the template refuses.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the tokenizer has no chat template: use the weights of an instruction-tuned model, or for a judge that "
+            "is none judge.prompt.chat=False"
+        )
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program, and comes with the model
+        roles = ", ".join(turn["role"] for turn in turns)
+        message = f"the tokenizer's chat template can't lay out the turns {roles}: {error}"
+        raise UserError(message.replace("\n", " ")) from error
+
+
+def _marked(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, str]]) -> str:
     """The chat template around marks in the places of the turns' contents."""
-    marked = [{"role": turn["role"], "content": f"\0{i}\0"} for i, turn in enumerate(turns)]
-    return tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    return chat_text(tokenizer, [{"role": turn["role"], "content": f"\0{i}\0"} for i, turn in enumerate(turns)])
 
 
 def _filled(text: str, contents: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import yaml
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.data.encoding import texts_to_tokens
+from rlaif_jax.data.encoding import chat_text, texts_to_tokens
 from rlaif_jax.data.tokenizers import special_tokens
 from rlaif_jax.errors import UserError
 
@@ -157,12 +157,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> lis
 
 def chat_frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
     """The frame of a tokenizer's chat template. Raises UserError where it has none."""
-    if tokenizer.chat_template is None:
-        raise UserError("judge.prompt.chat=True, but the judge's tokenizer has no chat template: set it to False")
     message = "MESSAGE"
-    messages = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    before, after = text.split(message)
+    before, after = chat_text(tokenizer, [{"role": "user", "content": message}]).split(message)
     role = re.compile("|".join(map(re.escape, special_tokens(tokenizer).values())))
     opened, closed = list(role.finditer(before)), list(role.finditer(after))
     begin = opened[-1].end() if opened else 0

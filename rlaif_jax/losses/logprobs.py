@@ -33,7 +33,7 @@ def token_logprobs(
     length = targets.shape[1]
     chunk = min(chunk or _chunk(*targets.shape, unembedding.shape[1]), length)
     hidden, targets = (_padded(x, chunk) for x in (hidden, targets))
-    return _token_logprobs(hidden, unembedding.astype(hidden.dtype), targets, temperature, chunk, cap)[:, :length]
+    return _token_logprobs(hidden, unembedding, targets, temperature, chunk, cap)[:, :length]
 
 
 def entropy_and_kl(
@@ -55,8 +55,8 @@ def entropy_and_kl(
     @jax.checkpoint
     def one(chunks):
         hidden, ref_hidden = chunks
-        logprobs = jax.nn.log_softmax(_logits(hidden, unembedding.astype(hidden.dtype), temperature, cap))
-        ref_logits = _logits(ref_hidden, ref_unembedding.astype(ref_hidden.dtype), temperature, cap)
+        logprobs = jax.nn.log_softmax(_logits(hidden, unembedding, temperature, cap))
+        ref_logits = _logits(ref_hidden, ref_unembedding, temperature, cap)
         probs, ref_logprobs = jnp.exp(logprobs), jax.nn.log_softmax(ref_logits)
         return -jnp.sum(probs * logprobs, axis=-1), jnp.sum(probs * (logprobs - ref_logprobs), axis=-1)
 
@@ -83,13 +83,14 @@ def _token_logprobs(hidden, unembedding, targets, temperature: float, chunk: int
 
 
 def _forward(hidden, unembedding, targets, temperature: float, chunk: int, cap: float):
+    matrix = unembedding.astype(hidden.dtype)
     # A single chunk is needed again at once, as a rule: keeping it costs no memory at the peak.
-    kept = _logits(hidden, unembedding, temperature, cap) if chunk == hidden.shape[1] else None
+    kept = _logits(hidden, matrix, temperature, cap) if chunk == hidden.shape[1] else None
 
     def one(chunks):
         hidden, targets, logits = chunks
         if logits is None:
-            logits = _logits(hidden, unembedding, temperature, cap)
+            logits = _logits(hidden, matrix, temperature, cap)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_sum, log_sum
 
@@ -100,19 +101,19 @@ def _forward(hidden, unembedding, targets, temperature: float, chunk: int, cap: 
 def _backward(temperature: float, chunk: int, cap: float, residuals, cotangents):
     """With p the softmax of the logits z: d logprob / dz = onehot - p, and d cap tanh(x / cap) / dx = 1 - tanh^2."""
     hidden, unembedding, *rest = residuals
+    matrix = unembedding.astype(hidden.dtype)
 
     def one(gradient, chunks):
         hidden, targets, log_sum, logits, for_logprob = chunks
         if logits is None:
-            logits = _logits(hidden, unembedding, temperature, cap)
+            logits = _logits(hidden, matrix, temperature, cap)
         at_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         slope = for_logprob[..., None] / temperature
         for_logits = slope * (at_target - jnp.exp(logits - log_sum[..., None]))
         if cap:
             for_logits *= 1 - (logits * temperature / cap) ** 2
-        for_logits = for_logits.astype(hidden.dtype)
-        gradient += jnp.einsum("blw,blv->wv", hidden, for_logits, preferred_element_type=jnp.float32)
-        return gradient, jnp.einsum("blv,wv->blw", for_logits, unembedding)
+        for_hidden, for_matrix = _gradients(hidden, matrix, for_logits)
+        return gradient + for_matrix, for_hidden
 
     zeros = jnp.zeros(unembedding.shape, jnp.float32)
     chunks = jax.tree.map(functools.partial(_split, chunk=chunk), (hidden, *rest, cotangents))
@@ -124,8 +125,37 @@ _token_logprobs.defvjp(_forward, _backward)
 
 
 def _logits(hidden, unembedding, temperature: float, cap: float):
-    logits = (hidden @ unembedding).astype(jnp.float32)
+    logits = _product(hidden, unembedding)
     return (cap * jnp.tanh(logits / cap) if cap else logits) / temperature
+
+
+@jax.custom_vjp
+def _product(hidden, unembedding):
+    """Of factors in the dtype of hidden; float32."""
+    return jnp.matmul(hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(hidden, unembedding):
+    return _product(hidden, unembedding), (hidden, unembedding)
+
+
+def _product_backward(residuals, for_logits):
+    hidden, unembedding = residuals
+    for_hidden, for_unembedding = _gradients(hidden, unembedding.astype(hidden.dtype), for_logits)
+    return for_hidden, for_unembedding.astype(unembedding.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _gradients(hidden, matrix, for_logits) -> tuple[jax.Array, jax.Array]:
+    """Of hidden, in its dtype, and of the matrix: a sum in float32, over tokens and over devices."""
+    for_logits = for_logits.astype(hidden.dtype)
+    product = functools.partial(jnp.einsum, "blw,blv->wv", preferred_element_type=jnp.float32)
+    # XLA's CPU backend lacks some products of bfloat16 factors with float32 sums: there the factors are widened.
+    wide = lambda *factors: product(*(x.astype(jnp.float32) for x in factors))  # noqa: E731
+    for_matrix = jax.lax.platform_dependent(hidden, for_logits, cpu=wide, default=product)
+    return jnp.einsum("blv,wv->blw", for_logits, matrix), for_matrix
 
 
 def _over_chunks(function, arrays, chunk: int):

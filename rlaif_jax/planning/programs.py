@@ -18,6 +18,7 @@ from rlaif_jax.models.parameters import (
     decoding_model,
     to_decoding,
 )
+from rlaif_jax.models.lora import abstract_trained, joined
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import DECODE_RULES, JUDGE_RULES, Rules, batch_ways
 from rlaif_jax.planning.roles import (
@@ -26,6 +27,7 @@ from rlaif_jax.planning.roles import (
     abstract_judge,
     abstract_reward_model,
     decoding_shapes,
+    frozen_shapes,
     trained_shapes,
 )
 from rlaif_jax.sampling.continuous import advance, empty_slots, insert
@@ -39,7 +41,7 @@ from rlaif_jax.stages.rl import abstract_rl_state, abstract_sampled, update_func
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.optimizer import make_optimizer
 from rlaif_jax.training.reward_models import side_by_side
-from rlaif_jax.training.rollout import make_rollout
+from rlaif_jax.training.rollout import Frozen, make_rollout
 from rlaif_jax.training.state import abstract_state
 
 
@@ -91,10 +93,11 @@ def _sft(run: Run) -> Iterator[Program]:
 def _tuning(run: Run, stage: str) -> Iterator[Program]:
     config, length = getattr(run.config, stage), run.config.sft.row_length
     model, optimizer = run.language_model(), make_optimizer(config.optimizer, config.steps)
-    arguments = abstract_state(model, optimizer, run.placement), Arrays(run.placement).packed(config.batch_size, length)
-    step = sft.step_function(model, optimizer, config)
+    state, batch = abstract_state(model, optimizer, run.placement, run.lora(stage)), Arrays(run.placement)
+    batch, step = batch.packed(config.batch_size, length), sft.step_function(model, optimizer, config)
+    keywords = {"frozen": frozen_shapes(run, stage, model)}
     yield Program(
-        stage, "step", step, arguments, {}, run.placement.mesh, config.steps, tokens=config.batch_size * length
+        stage, "step", step, (state, batch), keywords, run.placement.mesh, config.steps, config.batch_size * length
     )
 
 
@@ -178,10 +181,11 @@ def _judging(
 def _reward_model(run: Run) -> Iterator[Program]:
     config, model = run.config.reward_model, run.scalar_model()
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = side_by_side(abstract_state(model, optimizer, run.placement), config.members)
+    lora, frozen = run.lora("reward_model"), frozen_shapes(run, "reward_model", model)
+    state = side_by_side(abstract_state(model, optimizer, run.placement, lora), config.members)
     batch = Arrays(run.placement).comparisons(config.batch_size, run.config.policy)
     step = reward_model.step_function(model, optimizer, config)
-    arguments = state, [batch] * config.members
+    arguments = state, [batch] * config.members, frozen
     tokens = config.members * 2 * config.batch_size * _length(run)
     yield Program("reward_model", "step", step, arguments, {}, run.placement.mesh, config.steps, tokens=tokens)
 
@@ -189,9 +193,13 @@ def _reward_model(run: Run) -> Iterator[Program]:
 def _rl(run: Run) -> Iterator[Program]:
     config, arrays, mesh = run.config.rl, Arrays(run.placement), run.placement.mesh
     model, scalar_model = run.language_model(), run.scalar_model()
-    state, reference = abstract_rl_state(run), trained_shapes(model, run.placement)
+    state, shapes = abstract_rl_state(run), trained_shapes(model, run.placement)
     rewards = abstract_reward_model(run) if config.rewards.reward_model else None
-    frozen = _resident(run, reference=reference, reward_model=rewards)
+    trained_on = Frozen(frozen_shapes(run, "rl", model), {})
+    if config.advantage == "gae":
+        trained_on = trained_on._replace(value=frozen_shapes(run, "rl", scalar_model))
+    reference = None if trained_on.policy else shapes
+    frozen = (*_resident(run, reference=shapes, reward_model=rewards), trained_on.value)
     judging = _live_judges(run)
     loaded = tuple((judge.parameters, judge.prefix) for judge in judging.values())
     judges = _resident(run, judge=loaded)
@@ -201,7 +209,7 @@ def _rl(run: Run) -> Iterator[Program]:
         for program in _judging(run, "rl", name, judge, config.batch_size, 1, (state, *frozen)):
             yield dataclasses.replace(program, calls=program.calls * (config.steps if program.name == name else 1))
     sampled, scores = abstract_sampled(run), arrays.rows(jnp.float32, config.batch_size)
-    arguments = model, scalar_model, state, reference, rewards, sampled, scores
+    arguments = model, scalar_model, state, reference, rewards, sampled, scores, trained_on
     tokens, keywords = config.batch_size * _length(run), {"config": config}
     yield Program("rl", "rollout", make_rollout, arguments, keywords, mesh, config.steps, tokens, beside=judges)
     with jax.set_mesh(mesh):
@@ -210,7 +218,7 @@ def _rl(run: Run) -> Iterator[Program]:
     demonstrations = arrays.packed(rows, run.config.sft.row_length) if config.ptx_coef else None
     exact_kl = config.kl.placement == "loss" and config.kl.estimator == "full"
     arguments = (state.replace(control=None), arrays.all_rows(rollout), arrays.whole(jnp.float32),
-                 reference if exact_kl else None, demonstrations, arrays.key)  # fmt: skip
+                 reference if exact_kl else None, demonstrations, arrays.key, trained_on)  # fmt: skip
     beside = (*_resident(run, reference=None if exact_kl else reference, reward_model=rewards), *judges)
     yield Program(
         "rl", "update", update_function(run), arguments, {}, mesh, config.steps, tokens * config.epochs, beside=beside
@@ -233,8 +241,11 @@ def _generating(
 ) -> Iterator[Program]:
     """The responses of a step (`stages.rollouts`)."""
     policy, arrays, mesh, stacked = run.config.policy, Arrays(run.placement), run.placement.mesh, run.language_model()
-    weights = trained_shapes(stacked, run.placement)  # of the state, which is beside it
-    convert, others = _to_decoding(stacked, run.placement, DECODE_RULES), (beside[0].replace(params=()), *beside[1:])
+    # Of the state, which is beside it; and what its adapter is trained on, the reference, which is the next.
+    frozen = frozen_shapes(run, stage, stacked)
+    weights = joined(frozen, abstract_trained(stacked, run.placement, run.lora(stage)))
+    others = (beside[0].replace(params=()), *beside[2 if frozen else 1 :])
+    convert = _to_decoding(stacked, run.placement, DECODE_RULES)
     yield Program(stage, "decode_weights", convert, (weights,), {}, mesh, calls, beside=others)
     parameters = decoding_shapes(stacked, run.placement)
     length, limit = policy.max_prompt_length, policy.max_response_length
@@ -251,7 +262,7 @@ def _generating(
 def _preference(run: Run) -> Iterator[Program]:
     config, arrays, mesh, model = run.config.preference, Arrays(run.placement), run.placement.mesh, run.language_model()
     reference, optimizer = trained_shapes(model, run.placement), make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(model, optimizer, run.placement)
+    state = abstract_state(model, optimizer, run.placement, run.lora("preference"))
     judge = abstract_judge(run, run.config.judge) if config.online else None
     loaded = _resident(run, judge=(judge.parameters, judge.prefix) if judge else ())
     waiting = _resident(run, reference=reference)
@@ -271,9 +282,11 @@ def _preference(run: Run) -> Iterator[Program]:
     batch = PreferenceBatch(arrays.comparisons(config.batch_size, run.config.policy), number, number)
     step = preference.step_function(model, optimizer, config)
     tokens = 2 * config.batch_size * _length(run)
+    frozen = frozen_shapes(run, "preference", model)  # the reference itself
     yield Program(
-        "preference", "step", step, (state, batch), {}, mesh, config.steps, tokens, beside=(*waiting, *loaded)
-    )
+        "preference", "step", step, (state, batch), {"frozen": frozen}, mesh, config.steps, tokens,
+        beside=(*(() if frozen else waiting), *loaded),
+    )  # fmt: skip
 
 
 def _best_of_n(run: Run) -> Iterator[Program]:

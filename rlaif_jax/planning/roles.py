@@ -18,9 +18,10 @@ from rlaif_jax.models.parameters import (
     abstract_decoding_parameters,
     abstract_parameters,
     decoding_model,
+    in_layers,
 )
 from rlaif_jax.models.shapes import model_config
-from rlaif_jax.models.transformer import LanguageModel
+from rlaif_jax.models.transformer import HEAD, LanguageModel, ScalarModel
 from rlaif_jax.parallel.mesh import JUDGE_RULES, RULES, batch_sharding, partition_spec
 from rlaif_jax.sampling.stopping import Stopping
 from rlaif_jax.stages.preferences import Comparisons
@@ -91,6 +92,12 @@ class Arrays:
         return self.all_whole(shapes.replace(layers=())).replace(layers=jax.tree.map(split, shapes.layers))
 
 
+def frozen_shapes(run: Run, stage: str, model: LanguageModel | ScalarModel) -> dict:
+    """What a stage that trains adapters leaves alone; {} for one that does not."""
+    shapes = trained_shapes(model, run.placement)
+    return {name: part for name, part in shapes.items() if name not in HEAD} if run.lora(stage) else {}
+
+
 def abstract_reward_model(run: Run) -> RewardModel:
     """The trained reward model."""
     config, whole = run.config.reward_model, Arrays(run.placement).whole
@@ -126,7 +133,8 @@ class AbstractJudge:
         """Its parameters as they are read, the layers stacked."""
         params = trained_shapes(self.shape, self.placement)
         dtype = jnp.dtype(self.config.dtype)
-        return jax.tree.map(lambda x: x.update(dtype=dtype) if x.ndim > 1 else x, params)
+        in_dtype = lambda path, x: x.update(dtype=dtype) if x.ndim - in_layers(path) > 1 else x  # noqa: E731
+        return jax.tree_util.tree_map_with_path(in_dtype, params)
 
     @functools.cached_property
     def parameters(self):

@@ -3,6 +3,7 @@
 Stop strings are found on the device, in the bytes of the tokens, however the tokenizer splits them.
 """
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -68,9 +69,15 @@ def token_pieces(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
         to_byte = _byte_of_character()
         piece = lambda token: bytes(to_byte[character] for character in token)  # noqa: E731
     else:
-        piece = lambda token: tokenizer.backend_tokenizer.decoder.decode([token]).encode()  # noqa: E731
+        piece = _sentencepiece_bytes
     added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
     return [b"" if index in special else added.get(index) or piece(token) for index, token in enumerate(tokens)]
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    """SentencePiece writes blanks as its mark, and bytes that are no piece as e.g. <0x0A>."""
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
 def _byte_of_character() -> dict[str, int]:

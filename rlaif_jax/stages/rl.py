@@ -76,7 +76,7 @@ def run_rl(run: Run) -> None:
         if text_rewards.needed:
             host_scores, text_metrics = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1))
             scores = shard_batch(host_scores, mesh)
-        used = to_device((reference, reward_model))
+        used = to_device((None if lora else reference, reward_model))
         rollout, control, scores, metrics = make_rollout(
             model, scalar_model, state, *used, sampled, scores, frozen, config=config
         )

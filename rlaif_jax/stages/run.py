@@ -128,7 +128,8 @@ class Run:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The policy's tokenizer, which the SFT stage has saved."""
-        return tokenizers.from_folder(self.folder("sft") / "tokenizer")
+        folder = self.folder("sft")
+        return tokenizers.from_folder(folder / "tokenizer", remedy=f"delete {folder} and run its stage again")
 
     def start(self) -> tuple["Run", str]:
         """Where this round's policy begins, which is also what it is held near: a run's round and a stage of it."""

@@ -86,9 +86,11 @@ def update(
     """`epochs` passes over the rollout in freshly permuted minibatches, as one scan. Metrics are their means.
 
     state: donated by its caller, so without the control, whose arrays `make_rollout` may have passed on.
-    kl_coef: [] float32, of a penalty in the loss. reference: the SFT policy's parameters, for the exact KL in the loss.
+    kl_coef: [] float32, of a penalty in the loss. reference: the SFT policy's parameters, for the exact KL in
+      the loss; None where there is none, or they are frozen.
     demonstrations: rows for all minibatches together, with `ptx_coef`.
     """
+    reference = frozen.policy if reference is None else reference
     updates, size = config.epochs * config.minibatches, config.batch_size // config.minibatches
     permutations = [jax.random.permutation(key, config.batch_size) for key in jax.random.split(key, config.epochs)]
     rows = jnp.stack(permutations).reshape(updates, size)

@@ -151,13 +151,14 @@ def make_rollout(
 ) -> tuple[Rollout, Control, jax.Array, dict[str, jax.Array]]:
     """Everything that the updates need.
 
-    reward_model: None where it has no part in the reward.
+    reference: None where it is what the policy's adapter is trained on. reward_model: None where it has no part in the
+      reward.
     scores: [batch] float32, the other parts of the reward, NaN where there is none to be had.
 
     Returns (rollout, the control of the next iteration, scores with all parts [batch], metrics).
     """
     sequences, temperature = sampled.sequences, config.sampling.temperature
-    policy = joined(frozen.policy, state.params)
+    policy, reference = joined(frozen.policy, state.params), frozen.policy if reference is None else reference
     states = response_states(model, policy, sequences)
     ref_states = response_states(model, reference, sequences)
     old_logprobs = logprobs_of(model, states, policy, sequences, temperature)

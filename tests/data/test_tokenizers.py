@@ -101,3 +101,30 @@ def test_a_folder_without_a_readable_tokenizer_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="can't be read") as error:
         tokenizers.from_folder(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_fast_tokenizer_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json in .*: delete it"):
+        tokenizers.from_folder(tmp_path, remedy="delete it")
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match=r"AutoTokenizer\.from_pretrained\('.*'\)\.save_pretrained") as error:
+        tokenizers.from_folder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_whose_tokenizer_has_no_end_is_one_clear_line(tmp_path, trained):
+    trained.save_pretrained(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no eos_token"):
+        tokenizers.from_folder(tmp_path)
+
+
+def test_code_that_a_folder_names_never_runs(tmp_path, trained):
+    trained.save_pretrained(str(tmp_path))
+    named = {"auto_map": {"AutoTokenizer": ["code.Mine", "code.Mine"]}, "tokenizer_class": "Mine"}
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | named
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert encode(tokenizers.from_folder(tmp_path), "How are you?") == encode(trained, "How are you?")
+    assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ import pytest
 
 from rlaif_jax.data import tokenizers
 from rlaif_jax.sampling.stopping import cut, make_stopping, token_pieces
+from tests.gguf_files import sentencepiece_fields, sentencepiece_reference, tokenizer_reader
 
 TEXT = "One two.\n\nHuman: déjà vu 中文\n\nThree.\n\nHuman: no more."
 
@@ -78,3 +79,12 @@ def test_tokens_that_a_user_added_are_their_own_text():
     tokenizer = tokenizers.train(["a"], 300)
     tokenizer.add_tokens(["two words"])
     assert token_pieces(tokenizer)[-1] == b"two words"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_the_pieces_of_sentencepiece_are_its_bytes(tmp_path, kind):
+    fields = sentencepiece_fields(sentencepiece_reference()[kind])
+    tokenizer = tokenizers.from_gguf(tokenizer_reader(tmp_path / "tokenizer.gguf", **fields))
+    pieces, blank = token_pieces(tokenizer), b" " if kind == "llama" else b""
+    assert b"".join(pieces[token] for token in encode(tokenizer, TEXT)) == blank + TEXT.encode()
+    assert pieces[tokenizer.eos_token_id] == b""

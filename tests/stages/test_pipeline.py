@@ -125,6 +125,7 @@ BAD_USAGE = {
     ),
     "share above 1": (["--config.data.embedded.polite_share=1.5"], ["polite_share=1.5"]),
     "unknown schedule": (["--config.rl.optimizer.schedule=cosin"], ["rl.optimizer.schedule", "cosine"]),
+    "unknown moments": (["--config.sft.optimizer.moment_dtype=int8"], ["moment_dtype='int8'", "float32, bfloat16"]),
     "unknown dtype": (["--config.judge.dtype=float8"], ["judge.dtype='float8'", "bfloat16"]),
     "odd heads": (["--config.policy.model.num_attention_heads=3"], ["num_attention_heads=3", "multiple"]),
     "row too short": (["--config.policy.max_prompt_length=100"], ["sft.row_length=128", "164"]),
