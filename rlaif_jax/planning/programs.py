@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlaif_jax.judge.score import read_prefix
+from rlaif_jax.models.lora import abstract_trained, joined
 from rlaif_jax.models.parameters import (
     Placement,
     decoding_model,
     to_decoding,
 )
-from rlaif_jax.models.lora import abstract_trained, joined
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import DECODE_RULES, JUDGE_RULES, Rules, batch_ways
 from rlaif_jax.planning.roles import (
