@@ -22,6 +22,7 @@ from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
 from rlaif_jax.losses.reward import COMBINATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
+from rlaif_jax.models.families import FAMILIES
 from rlaif_jax.models.transformer import REMAT, ModelConfig
 from rlaif_jax.parallel.mesh import OFFLOADED, RULES, batch_ways
 from rlaif_jax.training.optimizer import SCHEDULES
@@ -471,14 +472,21 @@ def _check_overoptimisation(config: Config) -> None:
 def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:
     """Raises UserError for a decoder that can't be built, or that is too short for what it is to read (in tokens)."""
     flat = {f"policy.model.{name}": value for name, value in dataclasses.asdict(model).items()}
-    sizes = " ".join(name for name, value in flat.items() if type(value) in (int, float))
+    sizes = " ".join(f"policy.model.{field.name}" for field in _sizes())
     _require(flat, sizes, "positive", lambda x: x > 0)
+    _require(flat, "*.family", f"one of {', '.join(FAMILIES)}", lambda x: x in FAMILIES)
     kv_heads = model.num_key_value_heads
     _require(flat, "*.num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", lambda x: (
         x % kv_heads == 0))  # fmt: skip
     _require(flat, "*.head_dim", "even", lambda x: x % 2 == 0)
     _require(flat, "*.max_position_embeddings", f"at least max_prompt_length + max_response_length of the policy, "
              f"{prompt_and_response}", lambda x: x >= prompt_and_response)  # fmt: skip
+
+
+def _sizes() -> list[dataclasses.Field]:
+    """The numbers that every decoder has."""
+    fields = dataclasses.fields(ModelConfig)
+    return [field for field in fields if field.default is dataclasses.MISSING and field.type in (int, float)]
 
 
 def _require(flat: Mapping[str, Any], patterns: str, what: str, holds: Callable[[Any], bool]) -> None:

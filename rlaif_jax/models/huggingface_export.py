@@ -9,6 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
@@ -52,7 +53,7 @@ def huggingface_config(config: ModelConfig, dtype: str, scalar: bool, **fields) 
         ours, theirs = getattr(config, field.name), getattr(read, field.name)
         if ours != theirs and field.name not in _NOT_OF_THE_MODEL:
             raise UserError(
-                f"{field.name}={ours!r} can't be written: the {family.model_type} models of transformers have {theirs!r}"
+                f"{field.name}={ours!r} can't be written: {family.model_type} models of transformers have {theirs!r}"
             )
     return found
 
@@ -120,7 +121,7 @@ def write_weights(folder: epath.Path, config: ModelConfig, parameters, dtype: st
     """Writes model.safetensors, or shards of at most `limit` bytes and their index, one at a time.
 
     parameters: of a LanguageModel or ScalarModel; the latter's bias is left out, for which there is no place. All
-    processes call this, and the first one writes. Raises UserError where a value is not finite in `dtype`.
+    processes call this, and the first one writes. Raises UserError where a value is not finite in `dtype`, and OSError.
     """
     paths = jax.tree_util.tree_leaves_with_path(parameters)
     leaves = {parameter_name(path): (leaf, in_layers(path)) for path, leaf in paths}
@@ -137,15 +138,23 @@ def write_weights(folder: epath.Path, config: ModelConfig, parameters, dtype: st
             if processes.first():
                 arrays[name] = array
         if processes.first():
-            save_file(arrays, str(folder / file), metadata={"format": "pt"})
+            _save(folder / file, arrays)
         files |= dict.fromkeys(names, file)
     if len(shards) > 1 and processes.first():
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _save(file: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes one file. Raises OSError where there is no room."""
+    try:
+        save_file(dict(arrays), str(file), metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def stored_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder by name, from `parameter_shapes`: those outside the layers, then layer by layer."""
+    """The tensors of a Hugging Face folder by name, those of the layers last, from `parameter_shapes`."""
     family, found = FAMILIES[config.family], {}
     whole = [(family.whole[name], name, 0) for name in family.whole if name in shapes]
     layers = [

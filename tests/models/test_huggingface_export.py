@@ -10,12 +10,17 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
+from rlaif_jax.data import tokenizers
+from rlaif_jax.data.encoding import decode_responses, encode_prompts
 from rlaif_jax.errors import UserError
 from rlaif_jax.models.huggingface import read_config
-from rlaif_jax.models.huggingface_export import huggingface_config, write_weights
-from rlaif_jax.models.parameters import abstract_parameters
+from rlaif_jax.models.huggingface_export import SHARD_BYTES, huggingface_config, write_weights
+from rlaif_jax.models.parameters import abstract_parameters, decoding_model, decoding_parameters
 from rlaif_jax.models.transformer import LanguageModel, ScalarModel
 from rlaif_jax.models.weights import load_parameters, open_weights
+from rlaif_jax.sampling.distribution import SamplingConfig
+from rlaif_jax.sampling.generate import generate
+from rlaif_jax.sampling.stopping import make_stopping
 from tests.helpers import eight_devices, one_device, random_params, tiny
 from tests.reference import families
 
@@ -33,10 +38,10 @@ def parameters_of(path, scalar=False, placement=None):
     return weights.config, load_parameters(weights, {name: x for name, x in abstract.items() if name != "bias"})
 
 
-def written(folder, config, parameters, dtype="float32", scalar=False, **options):
+def written(folder, config, parameters, dtype="float32", scalar=False, limit=SHARD_BYTES, **fields):
     folder.mkdir()
-    huggingface_config(config, dtype, scalar).save_pretrained(str(folder))
-    write_weights(epath.Path(folder), config, parameters, dtype, **options)
+    huggingface_config(config, dtype, scalar, **fields).save_pretrained(str(folder))
+    write_weights(epath.Path(folder), config, parameters, dtype, limit)
     return folder
 
 
@@ -145,3 +150,44 @@ def test_a_model_from_scratch_is_read_as_it_was_written(changes, tmp_path):
     assert {name: getattr(found, name) for name in fields} == {name: getattr(config, name) for name in fields}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), parameters)
     assert read_config(epath.Path(tmp_path / "found")).tie_word_embeddings
+
+
+@pytest.mark.peer
+def test_transformers_computes_with_a_written_folder_what_it_does_with_its_own(original, tmp_path):
+    from tests.reference import make_families_reference as live
+
+    case, part, _, config, parameters = original
+    arrays = families.read(case)[1]
+    expected = families.read(case)[0][part]["config"]
+    folder = tmp_path / "found"
+    written(folder, config, parameters, scalar=SCALAR[part], pad_token_id=expected["pad_token_id"])
+    if part == "lm":
+        found, wanted = live.logits_of_folder(folder, arrays["tokens"]), arrays["logits"]
+    else:
+        found, wanted = live.score_of_folder(folder, arrays["score_tokens"]), arrays["score_logits"]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_smollm2_is_read_as_it_was_written_and_speaks(smollm2, smollm2_tokenizer, tmp_path):
+    model, parameters = smollm2
+    folder = written(tmp_path / "found", model.config, parameters)
+    smollm2_tokenizer.save_pretrained(str(folder))
+    config, again = parameters_of(folder)
+    assert config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again, parameters)
+    tokenizer = tokenizers.from_weights(str(folder))
+    prompts, mask = encode_prompts(tokenizer, ["What is the capital of France?"], 40)
+    samples = generate(
+        decoding_model(LanguageModel(config)),
+        decoding_parameters(LanguageModel(config), again, one_device()),
+        prompts,
+        mask,
+        jax.random.key(0),
+        np.zeros(1, np.int32),
+        make_stopping(tokenizer),
+        max_new_tokens=12,
+        sampling=SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0),
+        cache_dtype="float32",
+    ).samples
+    assert "Paris" in decode_responses(tokenizer, samples.tokens, samples.mask)[0]
