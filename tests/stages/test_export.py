@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from rlaif_jax.stages.run import Run, run_record
 from rlaif_jax.training.checkpoints import Checkpoints
 from rlaif_jax.training.sequences import Sequences, response_rewards
 from tests.helpers import (
+    assert_trees_close,
     eight_devices,
     full_logits,
     one_device,
@@ -69,10 +71,9 @@ def run(tmp_path_factory):
     }
     run = Run(functools.reduce(changed, changes.items(), config), folder, eight_devices())
     write_json(folder / "config.json", run_record(run.config))
-    for seed, name in enumerate(("sft", "rl", "round2/reward_model")):
-        model = ScalarModel(run.model_config()) if "reward" in name else run.language_model()
-        params = place_parameters(model, random_params(model, seed), run.placement)
-        with_model(run, name, params)
+    for seed, name in enumerate(("sft", "rl")):
+        params = random_params(run.language_model(), seed)
+        with_model(run, name, place_parameters(run.language_model(), params, run.placement))
     members = [random_params(run.scalar_model(), seed) for seed in (7, 8)]
     with_model(run, "reward_model", jax.tree.map(lambda *x: np.stack(x), *members))
     figures = {"member_means": [0.5, -0.75], "mean": 0.125, "scale": 1.75}
@@ -156,6 +157,32 @@ def test_the_rewards_of_exported_members_come_to_that_of_the_run(run, exported, 
     np.testing.assert_allclose(np.mean(found, axis=0), expected, atol=1e-5)
     card = (exported / "reward_model" / "README.md").read_text()
     assert "member 1 of 2" in card and "reward_offset" in card
+
+
+def test_members_whose_weights_are_averaged_are_exported_as_one(run, tmp_path):
+    members = jax.device_get(run.trained_params("reward_model", run.scalar_model(), members=2))
+    workdir = tmp_path / "run"
+    shutil.copytree(run.workdir, workdir)
+    averaged = dataclasses.replace(run, config=changed(run.config, ("reward_model.combine", "weights")))
+    write_json(epath.Path(workdir) / "config.json", run_record(averaged.config))
+    figures = {"member_means": [0.5], "mean": 0.25, "scale": 2.0}
+    write_json(epath.Path(workdir) / "reward_model" / "normalisation.json", figures)
+    flags = [f"--workdir={workdir}", "--stage=reward_model", f"--out={tmp_path / 'found'}", "--dtype=float16"]
+    assert export.main(["export", *flags]) == 0
+    _, found = loaded(tmp_path / "found", ScalarModel)
+    np.testing.assert_allclose(found["kernel"], 2 * np.mean(members["kernel"], axis=0), rtol=1e-3, atol=1e-6)
+    mean = jax.tree.map(lambda x: np.mean(x, axis=0), members["decoder"])
+    assert_trees_close(found["decoder"], mean, rtol=1e-3, atol=1e-6)
+    offset = json.loads((tmp_path / "found" / "config.json").read_text())["reward_offset"]
+    assert offset == pytest.approx(2 * (np.mean(members["bias"]) - 0.75), rel=1e-5)
+    assert "the average of 2 members" in (tmp_path / "found" / "README.md").read_text()
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(run, small_disk, capfd):
+    small_disk.leave(60_000)
+    out = small_disk.folder / "out"
+    assert f"{out} can't be written" in refusal(capfd, f"--workdir={run.workdir}", "--stage=rl", f"--out={out}")
+    assert not [path for path in small_disk.folder.iterdir() if path.name.startswith("out")]
 
 
 def test_a_reward_model_pads_with_what_ends_no_response():
