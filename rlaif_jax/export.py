@@ -1,5 +1,8 @@
-"""A run's labels as a preference data set: python -m rlaif_jax.export --workdir=RUN --stage=label --out=DIR"""
+"""A run's model for transformers, or its labels as a data set: python -m rlaif_jax.export --workdir=RUN --stage=rl
+--out=DIR
+"""
 
+import dataclasses
 import math
 import re
 import sys
@@ -15,16 +18,31 @@ from rlaif_jax.commands import open_folder, parse_plain, run_command
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.statistics import show_figure
 from rlaif_jax.files import read_json, read_parquet, replacing, write_text
+from rlaif_jax.models.huggingface_export import DTYPES
+from rlaif_jax.models.parameters import Placement
+from rlaif_jax.parallel.mesh import RULES, AxesConfig, make_mesh
+from rlaif_jax.stages.export import check_stage, export_model
 from rlaif_jax.stages.folders import stage_folder
+from rlaif_jax.stages.run import reopen_run
 
-_USAGE = "usage: python -m rlaif_jax.export --workdir=RUN --stage=label --out=DIR [--license=ID] [--name=NAME]"
-_HELP = """  --stage=label        the labels to export; in a run with rounds, those of later ones are round2/label ...
-  --license=ID         the licence of prompts and responses, by its Hugging Face id; "unknown" by default
-  --judge-license=ID   that of the judge, whose terms may bind what is made with its labels
-  --name=NAME          what the card calls the data set; by default the run's name
+_USAGE = "usage: python -m rlaif_jax.export --workdir=RUN --stage=STAGE --out=DIR [--license=ID] [--name=NAME]"
+_HELP = """\
+  --stage=STAGE        label, or one that trains a model: sft, sl_cai, reward_model, best_of_n, preference, rl; in a
+                       run with rounds, those of later ones are round2/rl, round2/label ...
+  --license=ID         the licence of the model, or of prompts and responses, by its Hugging Face id; by default
+                       "unknown"
+  --name=NAME          what the card calls it; by default the run's name
+  --dtype=DTYPE        of a model's weights: float32, as they were trained (the default), bfloat16 or float16
+  --member=I           of a reward model with several members: which one, from 0 on
+  --judge-license=ID   for labels: the licence of the judge, whose terms may bind what is made with them
 
-DIR is then what datasets.load_dataset("DIR") and TRL's preference trainers read: prompt, chosen, rejected (texts), the
-probability that the chosen one is better, and where each label comes from. Pairs without a preference are left out."""
+Of a model, DIR is then what AutoModelForCausalLM.from_pretrained("DIR") loads or, of a reward model,
+AutoModelForSequenceClassification, and AutoTokenizer with it; DIR must not be there yet.
+
+Of labels, DIR is what datasets.load_dataset("DIR") and TRL's preference trainers read: prompt, chosen, rejected
+(texts), the probability that the chosen one is better, and where each label comes from. Pairs without a preference are
+left out."""
+_ONLY_LABELS, _ONLY_MODELS = ("judge-license",), ("dtype", "member")  # flags
 _CARD = """# {name}
 
 {rows} preferences between two responses to a prompt, labelled by {labelled}.
@@ -54,22 +72,42 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     values = flags.FlagValues()
-    for name, default in {"workdir": None, "stage": None, "out": None, "license": "unknown", "name": None}.items():
-        flags.DEFINE_string(name, default, "", flag_values=values)
-    flags.DEFINE_string("judge-license", "unknown", "", flag_values=values)
+    for name in ("workdir", "stage", "out", "name", *_ONLY_LABELS):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_string("license", "unknown", "", flag_values=values)
+    flags.DEFINE_enum("dtype", None, [*DTYPES], "", flag_values=values)
+    flags.DEFINE_integer("member", None, "", lower_bound=0, flag_values=values)
     options = parse_plain(argv, _USAGE, values)
-    if not options.workdir or not options.out:
+    if not options.workdir or not options.stage or not options.out:
         raise UserError(_USAGE)
-    if not re.fullmatch(r"(round([2-9]|[1-9]\d+)/)?label", options.stage or ""):
-        raise UserError(f"--stage={options.stage}: only label can be exported, or that of a later round, round2/label")
     run, out = epath.Path(options.workdir), open_folder(options.out)
+    labels = re.fullmatch(r"(round([2-9]|[1-9]\d+)/)?label", options.stage)
+    for name in _ONLY_MODELS if labels else _ONLY_LABELS:
+        if values[name].value is not None:
+            raise UserError(f"--{name} is for {'models' if labels else 'labels'}, and --stage={options.stage} is none")
+    if labels:
+        _labels(run, out, options)
+    else:
+        _model(run, out, options)
+    print(out)
+    return 0
+
+
+def _labels(run: epath.Path, out: epath.Path, options: flags.FlagValues) -> None:
     folder = stage_folder(run, options.stage)
     if not (folder / "preferences.parquet").exists():
         raise UserError(f"{folder / 'preferences.parquet'} is missing: run --stages={options.stage} first")
-    licenses = {"license": options.license, "judge_license": values["judge-license"].value}
+    licenses = {"license": options.license, "judge_license": options["judge-license"].value or "unknown"}
     export_labels(folder, out, options.name or run.name, licenses)
-    print(out)
-    return 0
+
+
+def _model(workdir: epath.Path, out: epath.Path, options: flags.FlagValues) -> None:
+    # Whatever the run's mesh was: over all devices that are here, what they do not divide whole.
+    placement = Placement(make_mesh(AxesConfig(data=1, fsdp=-1, tensor=1, sequence=1, replicated=())), tuple(RULES))
+    run = dataclasses.replace(reopen_run(workdir, placement.mesh), placement=placement)
+    check_stage(run, options.stage, options.member)
+    title = options.name or f"{workdir.name} {options.stage}"
+    export_model(run, options.stage, out, options.dtype or "float32", options.member, options.license, title)
 
 
 def export_labels(folder: epath.Path, out: epath.Path, name: str, licenses: dict[str, str]) -> None:

@@ -40,6 +40,37 @@ def replacing(path: epath.Path) -> Iterator[epath.Path]:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def new_folder(path: epath.Path) -> Iterator[epath.Path]:
+    """A folder to fill, which is called `path` at the end and is gone after a failure; of all processes, the first one
+    makes it. After a kill it is `path`.tmp, which the next call deletes.
+
+    Raises UserError where there is something at `path`, and where it can't be written.
+    """
+    temporary = path.parent / f"{path.name}.tmp"
+
+    def begin() -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} is there already: name another folder, or delete it")
+        temporary.rmtree(missing_ok=True)
+        temporary.mkdir(parents=True)
+
+    def end() -> None:
+        temporary.replace(path)
+
+    try:
+        processes.agree(begin)
+        try:
+            yield temporary
+            processes.agree(end)
+        except BaseException:
+            if processes.first():
+                temporary.rmtree(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+
+
 def there(path: epath.Path) -> bool:
     """Whether a file is there, as the first process sees it: all do the same about it."""
     return processes.agree(path.exists)

@@ -1,5 +1,7 @@
 """The parts of Hugging Face's tensors that our parameters are."""
 
+import math
+
 import numpy as np
 
 from rlaif_jax.models.families import FAMILIES
@@ -33,6 +35,19 @@ def in_our_layout(name: str, tensor: np.ndarray, config: ModelConfig) -> np.ndar
     if name == "output":
         return np.moveaxis(tensor.reshape(len(tensor), heads, -1), 0, 2)
     return tensor.T
+
+
+def stored_shape(name: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """The shape of the Hugging Face tensor of which our parameter `name`, of this shape in a layer, is a part."""
+    product, family = name.removesuffix("_bias"), FAMILIES[config.family]
+    parts = len(_QKV) if product in _QKV and family.fused else 1
+    if name in ("embedding", "position_embedding"):
+        return shape
+    if name != product or "/" in name:
+        return (parts * math.prod(shape),)
+    inputs = 2 if name == "output" else 1  # dimensions
+    stored = parts * math.prod(shape[inputs:]), math.prod(shape[:inputs])
+    return stored[::-1] if family.transposed and name not in ("lm_head", "kernel") else stored
 
 
 def fits(name: str, shape: tuple[int, ...], config: ModelConfig, expected: tuple[int, ...]) -> bool:

@@ -103,7 +103,12 @@ def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
     """An array on the host, whichever processes hold its parts: layer by layer, for no device has room for all."""
     if x.ndim < 3 or isinstance(x, np.ndarray) or x.is_fully_addressable:
         return processes.to_host(x)
-    return np.stack([processes.to_host(_layer(x, np.int32(i))) for i in range(len(x))])
+    return np.stack([layer_to_host(x, i) for i in range(len(x))])
+
+
+def layer_to_host(x: jax.Array, i: int) -> np.ndarray:
+    """`x[i]` on the host, whichever processes hold its parts; all of them call this."""
+    return processes.to_host(_layer(x, np.int32(i)))
 
 
 @jax.jit

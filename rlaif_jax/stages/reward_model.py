@@ -361,10 +361,10 @@ def load_reward_model(run: Run) -> RewardModel:
     return reward_model.replace(means=means, offset=offset, scale=scale)
 
 
-def first_member(reward_model: RewardModel) -> dict:
-    """The parameters of the first member, with its centring and the scale in its head: what values may begin as."""
-    params = jax.tree.map(lambda x: x[0], reward_model.params)
-    bias = params["bias"] - reward_model.means[0] - reward_model.offset
+def one_member(reward_model: RewardModel, number: int) -> dict:
+    """The parameters of a member, with its centring in its bias and the scale in its head: its rewards by itself."""
+    params = jax.tree.map(lambda x: x[number], reward_model.params)
+    bias = params["bias"] - reward_model.means[number] - reward_model.offset
     return params | {"kernel": reward_model.scale * params["kernel"], "bias": reward_model.scale * bias}
 
 

@@ -17,7 +17,7 @@ from rlaif_jax.models.transformer import HEAD
 from rlaif_jax.parallel.mesh import batch_sharding, shard_batch, shard_rows
 from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.progress import warn
-from rlaif_jax.stages.reward_model import first_member, load_reward_model
+from rlaif_jax.stages.reward_model import load_reward_model, one_member
 from rlaif_jax.stages.rewards import load_gold, load_rewards
 from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
@@ -163,7 +163,7 @@ class _Watch:
 def _value_params(run: Run, reference) -> dict:
     """What the value network begins as (Huang et al.: the reward model; Lee et al.: the SFT policy)."""
     if run.config.rl.value_init == "reward_model":
-        return first_member(load_reward_model(run))
+        return one_member(load_reward_model(run), 0)
     head = init_parameters(run.scalar_model(), run.key("value_head"), run.placement, HEAD)
     return head | {"decoder": reference["decoder"]}
 

@@ -16,10 +16,12 @@ from rlaif_jax.commands import parse_flags
 from rlaif_jax.config import override, parse
 from rlaif_jax.errors import UserError
 from rlaif_jax.main import main
-from rlaif_jax.models.parameters import to_device
+from rlaif_jax.models.parameters import abstract_parameters, to_device
+from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.stages import replies, rl
 from rlaif_jax.stages.preferences import read_preferences
 from rlaif_jax.stages.run import open_run
+from tests.helpers import one_device
 from tests.tiny_judge import tiny_run_flags, write_judge
 
 
@@ -346,6 +348,20 @@ def test_labels_are_exported_as_a_preference_data_set(finished, tmp_path, capfd)
     assert "license: apache-2.0" in card and "first_slot_rate" in card and labels[0]["template_hash"] in card
     assert export.main(["export", f"--workdir={tmp_path}", "--stage=label", f"--out={tmp_path / 'x'}"]) == 2
     assert "run --stages=label first" in capfd.readouterr().err
+
+
+def test_models_are_exported_from_any_devices_as_they_were_trained(finished, tmp_path):
+    run = opened(finished)
+    for stage in ("rl", "reward_model"):
+        out, scalar = tmp_path / stage, stage == "reward_model"
+        assert export.main(["export", f"--workdir={finished[0]}", f"--stage={stage}", f"--out={out}"]) == 0
+        model = run.scalar_model() if scalar else run.language_model()
+        trained = run.trained_params(stage, model, members=int(scalar))
+        trained = jax.tree.map(lambda x: x[0], trained) if scalar else trained
+        found = load_parameters(
+            open_weights(str(out)), {"decoder": abstract_parameters(model, one_device())["decoder"]}
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, {"decoder": jax.device_get(trained["decoder"])})
 
 
 def test_the_audit_command_reads_a_run_and_says_what_is_wrong(finished, tmp_path, capfd):
