@@ -1,5 +1,6 @@
 """Every family of decoders against transformers (tests/reference/families), and against itself."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,18 @@ import pytest
 from rlaif_jax.losses.logprobs import token_logprobs
 from rlaif_jax.models.cache import KVCache, empty_cache
 from rlaif_jax.models.layouts import in_our_layout
-from rlaif_jax.models.parameters import abstract_parameters, decoding_model, decoding_parameters
+from rlaif_jax.models.parameters import (
+    Placement,
+    abstract_parameters,
+    decoding_model,
+    decoding_parameters,
+    place_parameters,
+)
 from rlaif_jax.models.transformer import LanguageModel, next_token_logits, unembedding
 from rlaif_jax.models.weights import load_parameters, open_weights
+from rlaif_jax.parallel.mesh import make_mesh, shard_batch
 from rlaif_jax.sampling.decode import prefill
-from tests.helpers import one_device
+from tests.helpers import assert_trees_close, axes, one_device
 from tests.reference import families
 
 ATTENTION = {"gpt2": "transformer.h.1.attn.c_attn.weight"}
@@ -63,8 +71,10 @@ def check_gradient(tensor, decoder, expected, config):
         np.testing.assert_allclose(ours, in_our_layout(name, expected, config), rtol=1e-3, atol=2e-4)
 
 
-ALIKE = ("llama2", "smollm2", "smollm3", "qwen2", "gpt_neox_sequential")  # what others of the cases show, too
-DECODED = [pytest.param(case, marks=pytest.mark.slow) if case in ALIKE else case for case in families.CASES]
+DECODED = [  # by default those that differ in what a cache must know
+    case if case in ("mistral", "gemma3", "gpt2", "gpt_neox") else pytest.param(case, marks=pytest.mark.slow)
+    for case in families.CASES
+]
 LENGTH = 16  # four times the window of those that have one
 TOKENS = np.random.default_rng(7).integers(3, 64, (2, LENGTH)).astype(np.int32)
 COUNT = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
@@ -152,3 +162,68 @@ def test_branches_of_a_tree_do_not_see_each_other_and_windows_go_by_position(cas
     for branch in (np.s_[6:11], np.s_[11:]):
         row = np.pad(np.concatenate([TOKENS[:, :6], TOKENS[:, branch]], axis=1), ((0, 0), (0, 5)))
         np.testing.assert_allclose(tree[:, branch], logits_of(case, row)[:, 6:11], atol=1e-4)
+
+
+MESHES = {
+    "tensor": axes(fsdp=4, tensor=2, replicated=("heads", "kv_heads")),  # SmolLM2's do not divide
+    "sequence": axes(data=2, tensor=2, sequence=2, replicated=("heads", "kv_heads")),
+}
+
+
+def loss_and_gradient(model, params, placement):
+    """The mean loss of 8 rows and its gradients, on the host."""
+    tokens = np.random.default_rng(8).integers(3, 64, (8, LENGTH)).astype(np.int32)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, tokens):
+        hidden, _ = model.apply({"params": params}, tokens, jnp.ones_like(tokens))
+        cap = model.config.final_logit_softcapping
+        return -jnp.mean(token_logprobs(hidden[:, :-1], unembedding(params), tokens[:, 1:], cap=cap))
+
+    with jax.set_mesh(placement.mesh):
+        params = place_parameters(model, params, placement)
+        return jax.device_get(loss(params, shard_batch(tokens, placement.mesh)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_losses_and_gradients_on_any_mesh_are_those_of_one_device(case, mesh):
+    _, model, params = case
+    params = jax.device_get(params)
+    found = loss_and_gradient(model, params, Placement(make_mesh(mesh), mesh.replicated))
+    assert_trees_close(found, loss_and_gradient(model, params, one_device()), rtol=1e-5, atol=1e-5)
+
+
+def program(model, params, length):
+    """The text of the program of a forward pass."""
+    tokens = jnp.ones((2, length), jnp.int32)
+    return jax.jit(model.apply).lower({"params": params}, tokens, tokens).as_text()
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma2", "gemma3"], indirect=True)
+def test_kernels_leave_windows_and_soft_caps_to_the_plain_path(case):
+    _, model, params = case
+    capped = bool(model.config.attn_logit_softcapping)
+    of = {name: LanguageModel(dataclasses.replace(model.config, attention=name)) for name in ("plain", "splash")}
+    plain = program(of["plain"], params, LENGTH)
+    assert program(of["splash"], params, LENGTH) == plain
+    # What is no longer than the window has no window.
+    assert (program(of["splash"], params, 4) == program(of["plain"], params, 4)) == capped
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma2"], indirect=True)
+def test_the_fused_kernel_gets_the_window_and_no_soft_cap(case, monkeypatch):
+    called = []
+
+    def by_xla(*args, implementation, **kwargs):
+        called.append(implementation)
+        return dot_product_attention(*args, implementation="xla", **kwargs)
+
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    expected, model, params = case
+    fused = LanguageModel(dataclasses.replace(model.config, attention="cudnn"))
+    found = logits_of((expected, fused, params), TOKENS)
+    np.testing.assert_allclose(found, logits_of(case, TOKENS), atol=1e-4)
+    assert bool(called) != bool(model.config.attn_logit_softcapping)
