@@ -23,7 +23,7 @@ from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.parallel.mesh import make_mesh, shard_batch
 from rlaif_jax.sampling.decode import prefill
 from tests.helpers import assert_trees_close, axes, one_device
-from tests.reference import families
+from tests.reference import families, make_families_reference
 
 ATTENTION = {"gpt2": "transformer.h.1.attn.c_attn.weight"}
 
@@ -38,11 +38,13 @@ def loaded(folder):
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     families.write_folder(request.param, folder)
-    return families.read(request.param)[1], *loaded(folder)
+    return request.param, *loaded(folder)
 
 
-def test_logits_and_gradients_equal_those_of_transformers(case):
-    expected, model, params = case
+@pytest.mark.parametrize("source", ["committed", pytest.param("live", marks=pytest.mark.peer)])
+def test_logits_and_gradients_equal_those_of_transformers(case, source):
+    name, model, params = case
+    expected = make_families_reference.reference(name) if source == "live" else families.read(name)[1]
     tokens = expected["tokens"]
 
     @jax.jit
@@ -222,8 +224,8 @@ def test_the_fused_kernel_gets_the_window_and_no_soft_cap(case, monkeypatch):
 
     dot_product_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    expected, model, params = case
+    name, model, params = case
     fused = LanguageModel(dataclasses.replace(model.config, attention="cudnn"))
-    found = logits_of((expected, fused, params), TOKENS)
+    found = logits_of((name, fused, params), TOKENS)
     np.testing.assert_allclose(found, logits_of(case, TOKENS), atol=1e-4)
     assert bool(called) != bool(model.config.attn_logit_softcapping)
