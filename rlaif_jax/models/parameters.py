@@ -34,6 +34,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
+@functools.lru_cache(maxsize=32)  # tracing a model takes a good part of a second, and loading it asks several times
 def _abstract_boxes(model: nn.Module):
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     # The key is made inside: a mesh of devices that nobody has can't run anything.
