@@ -23,7 +23,7 @@ CASES = {
     "llama2": ("llama", {}),
     "llama3": (
         "llama",
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, **LLAMA3_ROPE}},
+        {"rope_parameters": LLAMA3_ROPE},
     ),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
