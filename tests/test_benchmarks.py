@@ -46,3 +46,12 @@ def test_the_labelling_job_counts_what_it_computes(tmp_path):
     (line,) = run("judge_labelling", [f"--data={data}", "--pairs=2", "--runs=1", "--no-peer", "--batch-tokens=128"])
     assert line["prompt_tokens"] == 4 * line["prefix_tokens"] + line["suffix_tokens"]
     assert line["computed_tokens"] < line["prefix_tokens"] + line["suffix_tokens"]
+
+
+def test_loading_a_folder_takes_little_more_memory_than_its_parameters():
+    lines = run("load_memory", ["--shape=small", "--no-peer"])
+    assert len(lines) == 2  # on one device and on eight
+    for line in lines:
+        # Far less than the 310 MiB of the folder: the largest tensor has 64 MiB.
+        assert line["ours"] - line["before_loading"] < 180
+        assert line["holds"]

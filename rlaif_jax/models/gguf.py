@@ -36,10 +36,10 @@ _LAYER_NAMES = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # by which frequencies are divided
 _LLAMA3_CONTEXT = 8192  # in tokens, which Llama 3 was trained on before its rotation was stretched
-# What llama.cpp knows of Gemma and its files do not say.
+# What llama.cpp knows of Gemma and its files do not say; the last, newer ones do.
 _GEMMA_FULL_EVERY = {"gemma2": 2, "gemma3": 6}
-_GEMMA3_LOCAL_THETA = 10_000.0
 _GEMMA_27B = {("gemma2", 46): 144.0, ("gemma3", 62): 168.0}  # layers -> query_pre_attn_scalar, width over heads
+_GEMMA3_LOCAL_THETA = 10_000.0
 
 
 @functools.cache  # parsing the vocabulary takes seconds, and the weights and the tokenizer are read from it
@@ -99,11 +99,15 @@ def model_config(reader: gguf.GGUFReader, architecture: str, tensors: Mapping[st
         rope_scaling=_scaling(fields, tensors, head_dim, theta),
         sliding_window=slides if every else 0,
         full_attention_layers=tuple(range(every - 1, layers, every)) if every else (),
-        rope_local_base_freq=_GEMMA3_LOCAL_THETA if architecture == "gemma3" else 0.0,
+        rope_local_base_freq=_local_theta(fields) if architecture == "gemma3" else 0.0,
         query_pre_attn_scalar=scalar,
         attn_logit_softcapping=float(fields.get("attn_logit_softcapping", 0.0)),
         final_logit_softcapping=float(fields.get("final_logit_softcapping", 0.0)),
     )
+
+
+def _local_theta(fields: Mapping) -> float:
+    return float(fields.get("rope.freq_base_swa", _GEMMA3_LOCAL_THETA))
 
 
 def _scaling(fields: Mapping, tensors: Mapping[str, Any], head_dim: int, theta: float) -> RopeScaling:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import NamedTuple
 
 import ml_dtypes
@@ -15,10 +16,11 @@ from rlaif_jax.models.families import FAMILIES, Family
 from rlaif_jax.models.layouts import fits, in_our_layout
 from rlaif_jax.models.parameters import parameter_shapes
 from rlaif_jax.models.rotary import NO_SCALING, SCALINGS, RopeScaling
-from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
+from rlaif_jax.models.transformer import LanguageModel, ModelConfig
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What begins the names of a decoder's tensors, besides what is usual: nothing, and inside a Gemma 3 that sees images.
 _BEGINNINGS = ("", "language_model.model.", "model.language_model.")
@@ -31,7 +33,7 @@ class Tensor(NamedTuple):
     """Where a tensor lies."""
 
     file: epath.Path
-    dtype: np.dtype
+    dtype: str  # as safetensors calls it
     shape: tuple[int, ...]
     offset: int  # bytes
 
@@ -43,7 +45,7 @@ def open_folder(folder: epath.Path):
     family = FAMILIES[config.family]
     names = _tensor_names(tensors, config, family)
     _check_names(folder, tensors, config, names)
-    _check_shapes(folder, tensors, config, names)
+    _check_tensors(folder, tensors, config, names)
     _check_tied(folder, tensors, config, names)
 
     def read(name: str, layer: int) -> np.ndarray:
@@ -69,12 +71,25 @@ def read_config(folder: epath.Path) -> PretrainedConfig:
     except UserError:
         raise
     except Exception as error:  # whatever the file makes the libraries raise
-        raise UserError(f"{file} can't be read: {error!r}".replace("\n", " ")) from error
+        raise _unreadable(file, error) from error
     return config.text_config if model_type == "gemma3" else config
 
 
+def _unreadable(file: epath.Path, error: Exception) -> UserError:
+    return UserError(f"{file} can't be read: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
 def model_config(hf: PretrainedConfig, folder: epath.Path) -> ModelConfig:
-    """The decoder's shape. Raises UserError for what the decoder does not have."""
+    """The decoder's shape. Raises UserError for what the decoder does not have, and for values that none has."""
+    try:
+        config = _model_config(hf, folder)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _unreadable(folder / "config.json", error) from error
+    _check_values(config, folder)
+    return config
+
+
+def _model_config(hf: PretrainedConfig, folder: epath.Path) -> ModelConfig:
     name = _family_name(hf)
     family, heads = FAMILIES[name], hf.num_attention_heads
     _check_supported(hf, family, folder)
@@ -92,7 +107,7 @@ def model_config(hf: PretrainedConfig, folder: epath.Path) -> ModelConfig:
         num_key_value_heads=getattr(hf, "num_key_value_heads", None) or heads,
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // heads,
         max_position_embeddings=hf.max_position_embeddings,
-        rope_theta=float(rope.get("rope_theta", 10_000.0)),
+        rope_theta=rope.get("rope_theta", 10_000.0),
         rms_norm_eps=getattr(hf, _eps_name(hf)),
         tie_word_embeddings=hf.tie_word_embeddings,
         family=name,
@@ -101,11 +116,33 @@ def model_config(hf: PretrainedConfig, folder: epath.Path) -> ModelConfig:
         no_rope_layers=tuple(i for i, rotated in enumerate(rotates) if not rotated),
         sliding_window=hf.sliding_window if slides else 0,
         full_attention_layers=tuple(i for i, kind in enumerate(types) if slides and kind == "full_attention"),
-        rope_local_base_freq=float(local.get("rope_theta", 0)),
-        query_pre_attn_scalar=float(getattr(hf, "query_pre_attn_scalar", None) or 0),
+        rope_local_base_freq=local.get("rope_theta", 0.0),
+        query_pre_attn_scalar=getattr(hf, "query_pre_attn_scalar", None) or 0.0,
         attn_logit_softcapping=getattr(hf, "attn_logit_softcapping", None) or 0.0,
         final_logit_softcapping=getattr(hf, "final_logit_softcapping", None) or 0.0,
     )
+
+
+_POSITIVE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "partial_rotary_factor", "factor"),
+)
+
+
+def _check_values(config: ModelConfig, folder: epath.Path) -> None:
+    """Raises UserError for a value that makes no decoder, which AutoConfig lets pass."""
+    values = [(field, getattr(part, field.name)) for part in (config, config.rope_scaling) for field in fields(part)]
+    for field, value in values:
+        number = field.type in (int, float)
+        wrong_type = number and (isinstance(value, bool) or not isinstance(value, (field.type, int)))
+        if wrong_type or (number and value <= 0 and field.name in _POSITIVE):
+            kind = "a number" if field.type is float else "a whole number"
+            raise UserError(f"{folder}/config.json has {field.name}={value!r}, which must be {kind}, and positive")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"{folder}/config.json has num_attention_heads={config.num_attention_heads}, which must be a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}"
+        )
 
 
 def _family_name(hf: PretrainedConfig) -> str:
@@ -142,7 +179,7 @@ SCALING_FIELDS = {
 def _check_supported(hf: PretrainedConfig, family: Family, folder: epath.Path) -> None:
     """Raises UserError where a config asks for what no model of its family that we know has."""
     activation = _activation_name(hf)
-    biased = "output" in family.biases
+    biased, rotates = "output" in family.biases, getattr(hf, "no_rope_layers", None)
     wrong = {
         activation: _ACTIVATIONS.get(getattr(hf, activation)) != family.activation,
         "attention_bias": getattr(hf, "attention_bias", biased) != biased,
@@ -152,6 +189,8 @@ def _check_supported(hf: PretrainedConfig, family: Family, folder: epath.Path) -
         "use_bidirectional_attention": getattr(hf, "use_bidirectional_attention", False),
         "quantization_config": getattr(hf, "quantization_config", None) is not None,
     }
+    wrong["layer_types"] = bool(set(getattr(hf, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    wrong["no_rope_layers"] = bool(rotates) and len(rotates) != hf.num_hidden_layers
     for name, is_wrong in wrong.items():
         if is_wrong:
             value = "..." if name == "quantization_config" else repr(getattr(hf, name))
@@ -164,8 +203,8 @@ def _tensors(folder: epath.Path) -> tuple[dict[str, Tensor], list[epath.Path]]:
     if index.exists():
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} can't be read: {error!r}") from error
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise _unreadable(index, error) from error
     elif whole.exists():
         files = [whole]
     else:
@@ -175,7 +214,7 @@ def _tensors(folder: epath.Path) -> tuple[dict[str, Tensor], list[epath.Path]]:
                 f"{folder} has its weights in {pickles[0]}, a pickle file, which can run any code and is never opened: "
                 "save them as safetensors (transformers' save_pretrained does)"
             )
-        raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+        raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json: download it again")
     return {name: tensor for file in files for name, tensor in _in_file(file).items()}, files
 
 
@@ -191,11 +230,8 @@ def _in_file(file: epath.Path) -> dict[str, Tensor]:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    strange = {entry["dtype"] for entry in header.values()} - set(_DTYPES)
-    if strange:
-        raise UserError(f"{file} has tensors of dtype {', '.join(sorted(strange))}; known are {', '.join(_DTYPES)}")
     return {
-        name: Tensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
 
@@ -222,7 +258,10 @@ def _check_names(folder: epath.Path, tensors: Mapping[str, Tensor], config: Mode
     family = FAMILIES[config.family]
     missing = sorted(wanted - set(tensors))
     if missing:
-        raise UserError(f"{folder} lacks {len(missing)} tensors of its config.json, for example {missing[0]}")
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the tensors that its config.json asks for, such as {missing[0]}: "
+            "take weights and config.json of one model"
+        )
     ignored = {family.whole["lm_head"]}  # of tied embeddings
     extra = sorted(
         name
@@ -230,7 +269,10 @@ def _check_names(folder: epath.Path, tensors: Mapping[str, Tensor], config: Mode
         if not name.endswith(_IGNORED) and not any(part in name for part in _IGNORED_PARTS)
     )
     if extra:
-        raise UserError(f"{folder} has weights that the decoder does not: {', '.join(extra[:3])}")
+        raise UserError(
+            f"{folder} has weights for which its config.json has no place: {', '.join(extra[:3])}; take weights and "
+            "config.json of one model"
+        )
 
 
 def _check_tied(folder: epath.Path, tensors: Mapping[str, Tensor], config: ModelConfig, names: dict[str, str]) -> None:
@@ -246,16 +288,22 @@ def _check_tied(folder: epath.Path, tensors: Mapping[str, Tensor], config: Model
 
 
 def _mapped(tensor: Tensor) -> np.ndarray:
-    return np.memmap(tensor.file, tensor.dtype, "r", tensor.offset, tensor.shape)
+    return np.memmap(tensor.file, _DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
 
 
-def _check_shapes(
+def _check_tensors(
     folder: epath.Path, tensors: Mapping[str, Tensor], config: ModelConfig, names: dict[str, str]
 ) -> None:
-    """Raises UserError for a tensor of another shape than config.json says."""
-    expected = parameter_shapes(ScalarModel(config)) | parameter_shapes(LanguageModel(config))
+    """Raises UserError for a tensor of another shape than config.json says, or of a dtype that is not known."""
+    expected = parameter_shapes(LanguageModel(config)) | {"kernel": (config.hidden_size, 1)}
     for name, theirs in names.items():
         for tensor in dict.fromkeys(theirs.format(layer) for layer in range(config.num_hidden_layers)):
-            shape = tensors[tensor].shape
+            _, dtype, shape, _ = tensors[tensor]
+            if dtype not in _DTYPES:
+                raise UserError(
+                    f"{folder}: {tensor} is of dtype {dtype}; known are {', '.join(_DTYPES)}: save it as BF16"
+                )
             if not fits(name, shape, config, expected[name]):
-                raise UserError(f"{folder}: {tensor} of shape {list(shape)} does not fit config.json")
+                raise UserError(
+                    f"{folder}: {tensor} of shape {list(shape)} does not fit config.json: take those of one model"
+                )

@@ -34,6 +34,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
+@functools.lru_cache(maxsize=32)  # tracing a model takes a good part of a second, and loading it asks several times
 def abstract_boxes(model: nn.Module):
     """Shapes of a model's parameters with their logical axes."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
