@@ -22,6 +22,7 @@ from rlaif_jax.losses.policy import AGGREGATIONS
 from rlaif_jax.losses.preference import LOSSES as PREFERENCE_LOSSES
 from rlaif_jax.losses.reward import COMBINATIONS
 from rlaif_jax.models.attention import IMPLEMENTATIONS
+from rlaif_jax.models.families import FAMILIES
 from rlaif_jax.models.transformer import REMAT, ModelConfig
 from rlaif_jax.parallel.mesh import OFFLOADED, RULES, batch_ways
 from rlaif_jax.training.optimizer import SCHEDULES
@@ -83,6 +84,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("preferences.smoothing preferences.clamp", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
     ("reward_model.combine", f"one of {', '.join(COMBINATIONS)}", lambda x: x in COMBINATIONS),
     ("reward_model.members", "positive", lambda x: x > 0),
+    ("reward_model.max_*_length", "0 (as the policy's) or more", lambda x: x >= 0),
     (
         "reward_model.uncertainty_coef reward_model.margin reward_model.centring reward_model.train_pairs "
         "reward_model.flawed_members",
@@ -130,7 +132,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 _BATCHES = "*.batch_size sampler.slots sft.*.slots critique.*.slots"
 _JUDGE_BATCHES = "judge.*.slots panel.*.slots"
 # What the lengths of whole passes are made of; prompts that are read before their replies may have any length.
-_LENGTHS = "policy.max_prompt_length policy.max_response_length sft.row_length sampler.bucket_multiple"
+_LENGTHS = "*.max_prompt_length *.max_response_length sft.row_length sampler.bucket_multiple"
 _JUDGE_LENGTHS = "judge.bucket_multiple panel.judges.*.bucket_multiple"
 
 
@@ -200,6 +202,12 @@ def _check_red_team_prompts(config: Config, flat: Mapping[str, Any]) -> None:
 
 def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:
     reward_model = config.reward_model
+    for name in ("max_prompt_length", "max_response_length"):
+        if getattr(reward_model, name) and not reward_model.weights:
+            raise UserError(
+                f"config.reward_model.{name} is in tokens of reward_model.weights: without them the reward model reads "
+                "what the policy does; set it to 0"
+            )
     needed = reward_model.batch_size + reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
         x >= needed))  # fmt: skip
@@ -414,6 +422,11 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
                 "config.rl.value_init=reward_model needs the stage reward_model in config.stages; without it set "
                 "rl.value_init=sft"
             )
+    if "rl" in stages and rl.advantage == "gae" and rl.value_init == "reward_model" and config.reward_model.weights:
+        raise UserError(
+            "config.rl.value_init=reward_model: the value network has the policy's shape and tokenizer, and "
+            f"reward_model.weights={config.reward_model.weights} its own; set rl.value_init=sft"
+        )
     _check_scorers(config, rewards, "rl.rewards")
     _check_scorers(config, rl.gold, "rl.gold")
     if bool(rl.gold.reward_model) != bool(rl.gold.reward_model_run):
@@ -471,14 +484,21 @@ def _check_overoptimisation(config: Config) -> None:
 def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:
     """Raises UserError for a decoder that can't be built, or that is too short for what it is to read (in tokens)."""
     flat = {f"policy.model.{name}": value for name, value in dataclasses.asdict(model).items()}
-    sizes = " ".join(name for name, value in flat.items() if type(value) in (int, float))
+    sizes = " ".join(f"policy.model.{field.name}" for field in _sizes())
     _require(flat, sizes, "positive", lambda x: x > 0)
+    _require(flat, "*.family", f"one of {', '.join(FAMILIES)}", lambda x: x in FAMILIES)
     kv_heads = model.num_key_value_heads
     _require(flat, "*.num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", lambda x: (
         x % kv_heads == 0))  # fmt: skip
     _require(flat, "*.head_dim", "even", lambda x: x % 2 == 0)
     _require(flat, "*.max_position_embeddings", f"at least max_prompt_length + max_response_length of the policy, "
              f"{prompt_and_response}", lambda x: x >= prompt_and_response)  # fmt: skip
+
+
+def _sizes() -> list[dataclasses.Field]:
+    """The numbers that every decoder has."""
+    fields = dataclasses.fields(ModelConfig)
+    return [field for field in fields if field.default is dataclasses.MISSING and field.type in (int, float)]
 
 
 def _require(flat: Mapping[str, Any], patterns: str, what: str, holds: Callable[[Any], bool]) -> None:
