@@ -29,6 +29,7 @@ from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models.parameters import Placement, abstract_parameters, check_host_memory, to_host_memory
 from rlaif_jax.models.shapes import model_config
 from rlaif_jax.models.transformer import LanguageModel, ModelConfig, ScalarModel
+from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import FORWARD_RULES, JUDGE_RULES, make_mesh
 from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
@@ -98,20 +99,25 @@ class Run:
     def model_config(self) -> ModelConfig:
         """The policy's shape: that of its weights, or the config's where it is trained from scratch."""
         policy = self.config.policy
-        if not policy.weights:
-            return policy.model
-        shape = model_config(policy.weights)
-        return dataclasses.replace(
-            shape, remat=policy.model.remat, dtype=policy.model.dtype, attention=policy.model.attention
-        )
+        return self._trained(model_config(policy.weights)) if policy.weights else policy.model
+
+    def _trained(self, shape: ModelConfig) -> ModelConfig:
+        """A shape, computing as the config has its models in training compute."""
+        model = self.config.policy.model
+        return dataclasses.replace(shape, remat=model.remat, dtype=model.dtype, attention=model.attention)
 
     def language_model(self) -> LanguageModel:
         """The policy's architecture."""
         return LanguageModel(self.model_config())
 
     def scalar_model(self) -> ScalarModel:
-        """The architecture of reward model and value network."""
+        """The architecture of the value network: the policy's."""
         return ScalarModel(self.model_config())
+
+    def reward_model(self) -> ScalarModel:
+        """The architecture of the reward model: the policy's, or that of weights of its own."""
+        weights = self.config.reward_model.weights
+        return ScalarModel(self._trained(model_config(weights))) if weights else self.scalar_model()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The policy's tokenizer, which the SFT stage has saved."""
@@ -127,6 +133,17 @@ class Run:
         """The parameters that this round's policy begins with: those of SL-CAI or SFT, or of the round before."""
         run, stage = self.start()
         return run.trained_params(stage, self.language_model())
+
+    def start_reward_params(self) -> dict:
+        """What the reward model begins with in any round: the SFT policy's decoder, or that of weights of its own.
+
+        A head is among it where the weights are those of a reward model.
+        """
+        weights = self.config.reward_model.weights
+        if not weights:
+            return {"decoder": self.trained_params("sft", self.language_model())["decoder"]}
+        found, abstract = open_weights(weights), abstract_parameters(self.reward_model(), self.placement)
+        return load_parameters(found, {name: x for name, x in abstract.items() if name in {"decoder", *found.names}})
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0):
         """The parameters at the end of a stage, never those before unless asked for; UserError where there are none.
@@ -216,6 +233,8 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
     if "critique" in config.stages and config.critique.weights:
         with blame("critique.weights"):
             models["reviser"] = LanguageModel(model_config(config.critique.weights))
+    if "reward_model" in config.stages and config.reward_model.weights:
+        models["reward model"] = _own_reward_model(run)
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
@@ -223,6 +242,20 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
         with blame(f"mesh.judge does not fit {name}"):
             run.judge_placement.parameters(model, JUDGE_RULES)
     return run
+
+
+def _own_reward_model(run: Run) -> ScalarModel:
+    """The reward model of weights of its own. Raises UserError where it can't read what it is to score."""
+    with blame("reward_model.weights"):
+        model = run.reward_model()
+    longest, room = sum(run.config.reward_lengths), model.config.max_position_embeddings
+    if longest > room:
+        raise UserError(
+            f"config.reward_model: max_prompt_length + max_response_length, {longest} (those of the policy where they "
+            f"are 0), is more than the {room} tokens (max_position_embeddings) that {run.config.reward_model.weights} "
+            "can read: lower them"
+        )
+    return model
 
 
 def _check_gold(config: Config, workdir: epath.Path) -> None:
