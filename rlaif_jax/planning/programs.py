@@ -225,7 +225,7 @@ def _rl(run: Run) -> Iterator[Program]:
 def _scoring(run: Run, stage: str, rewards: RewardModel, times: int, responses: int, beside: tuple) -> Program:
     """A reward model with a tokenizer of its own, which so many responses are encoded for so many times."""
     rows, lengths = run.config.evaluation.batch_size, run.config.reward_lengths
-    arguments = run.reward_model(), rewards, Arrays(run.placement).sequences(rows, lengths)
+    arguments = run.reward_model(), rewards.params, Arrays(run.placement).sequences(rows, lengths)
     calls = times * math.ceil(responses / rows)
     return Program(
         stage, "reward_model", reward_model.score_members, arguments, {}, run.placement.mesh, calls,

@@ -79,9 +79,16 @@ def learned_labels(prob_a: np.ndarray, config: PreferencesConfig, rng: np.random
 
 
 def encode_comparisons(reader: Reader, table: Mapping[str, list]) -> Comparisons:
-    """The columns of `read_preferences` as arrays, as a model reads them."""
+    """The columns of `read_preferences` as arrays, as a model reads them; says how many responses were too long."""
     prompts = reader.prompts(table["prompt"])
     a, b = (Sequences(*prompts, *reader.responses(table[f"response_{name}"], table[f"ended_{name}"])) for name in "ab")
+    cut = np.concatenate([reader.cut(a, table["ended_a"]), reader.cut(b, table["ended_b"])])
+    if cut.any():
+        print(
+            f"{cut.sum()} of {len(cut)} responses have more than config.{reader.group}.max_response_length="
+            f"{reader.response_length} tokens: they are read without their end",
+            flush=True,
+        )
     return Comparisons(a, b, *(np.asarray(table[name], np.float32) for name in ("prob_a", "weight")))
 
 

@@ -33,15 +33,7 @@ from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.reward_models import (
-    RewardModel,
-    centred_rewards,
-    member_rewards,
-    over_members,
-    rewards_of,
-    side_by_side,
-    stack,
-)
+from rlaif_jax.training.reward_models import RewardModel, member_rewards, over_members, rewards_of, side_by_side, stack
 from rlaif_jax.training.sequences import Sequences, response_rewards
 from rlaif_jax.training.state import TrainState, abstract_state, init_state
 from rlaif_jax.training.step import train_step
@@ -66,8 +58,8 @@ def run_reward_model(run: Run) -> None:
     """
     config, table = run.config.reward_model, read_preferences(run)
     check_prompts(run)
-    reader, model = reward_reader(run), run.reward_model()
-    comparisons, optimizer = encode_comparisons(reader, table), make_optimizer(config.optimizer, config.steps)
+    comparisons, model = encode_comparisons(reward_reader(run), table), run.reward_model()
+    optimizer = make_optimizer(config.optimizer, config.steps)
     trained, _ = split_rows(config, table["pair"])
     rows_by_member, what = _rows_by_member(run, table, trained), "reward_model.batch_size"
     whats = [f"{what}, for the principle {each.id}," for each in _principles(run)] or [what] * config.members
@@ -367,13 +359,7 @@ def score(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size:
 
 def member_scores(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size: int) -> np.ndarray:
     """What each member says of each response by itself: [members, n] float32 on the host."""
-    of_batch = functools.partial(_member_rewards, run.reward_model(), reward_model.params)
-    return _in_batches(of_batch, run, sequences, batch_size)
-
-
-def centred_scores(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size: int) -> np.ndarray:
-    """`centred_rewards` of responses: [members, n] float32 on the host."""
-    of_batch = functools.partial(score_members, run.reward_model(), reward_model)
+    of_batch = functools.partial(score_members, run.reward_model(), reward_model.params)
     return _in_batches(of_batch, run, sequences, batch_size)
 
 
@@ -397,5 +383,4 @@ def score_texts(
     return tuple(score(run, reward_model, x, batch_size) for x in (encoded.a, encoded.b))
 
 
-_rewards, _member_rewards = jax.jit(rewards_of, static_argnums=0), jax.jit(member_rewards, static_argnums=0)
-score_members = jax.jit(centred_rewards, static_argnums=0)
+_rewards, score_members = jax.jit(rewards_of, static_argnums=0), jax.jit(member_rewards, static_argnums=0)

@@ -21,7 +21,7 @@ from rlaif_jax.parallel import processes
 from rlaif_jax.stages.folders import last_round, name_in_round, stage_folder
 from rlaif_jax.stages.reading import Reader, reward_reader
 from rlaif_jax.stages.replies import Replies
-from rlaif_jax.stages.reward_model import centred_scores, load_reward_model, score
+from rlaif_jax.stages.reward_model import load_reward_model, member_scores, score
 from rlaif_jax.stages.run import Run, reopen_run
 from rlaif_jax.stages.verifier import Verifier, find_verifier, verified
 from rlaif_jax.training.reward_models import RewardModel, combined_reward, principle_metrics
@@ -50,8 +50,8 @@ class TextRewardModel:
         """
         with blame(self.field):
             sequences = self.reader.sequences(prompts, responses, ended)
-        each = centred_scores(self.run, to_device(self.reward_model), sequences, self.batch_size)
         rest = processes.to_host(self.reward_model.replace(params={}))
+        each = member_scores(self.run, to_device(self.reward_model), sequences, self.batch_size) - rest.means[:, None]
         shares = jax.device_get(principle_metrics(rest, each))
         metrics = {"reward/reward_model_cut": self.reader.cut(sequences, ended).mean()} | shares
         values = np.asarray(combined_reward(rest, each), float)

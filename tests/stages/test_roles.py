@@ -87,15 +87,11 @@ def test_each_role_has_the_model_and_the_tokenizer_that_it_was_given(finished, m
     folder, _ = finished
     run = reopened(folder)
     shapes = run.model_config(), run.reward_model().config
-    assert [shape.family for shape in shapes] == [POLICY, REWARD] and [shape.vocab_size for shape in shapes] == [
-        600,
-        400,
-    ]
+    assert [(shape.family, shape.vocab_size) for shape in shapes] == [(POLICY, 600), (REWARD, 400)]
     assert run.tokenizer().get_vocab() == tokenizers.from_weights(models["policy"]).get_vocab()
     assert json.loads((folder / "label" / "manifest.json").read_text())["judge_hash"] == weights_hash(models["judge"])
     results = json.loads((folder / "eval" / "results.json").read_text())
-    assert {"win_rate/rl_vs_sft", "reward/rl", "reward_model_accuracy/ground_truth"} & set(results)
-    assert np.isfinite(results["win_rate/rl_vs_sft"]["mean"])
+    assert {"win_rate/rl_vs_sft", "reward/rl", "reward/sft"} <= set(results)
 
 
 @pytest.mark.slow
@@ -108,9 +104,8 @@ def test_rl_follows_what_the_reward_model_says_of_the_text(finished, models):
 
     def expected(prompt, text, ended):
         turns = [{"role": "user", "content": prompt}]
-        tokens = tokenizer(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))[
-            "input_ids"
-        ]
+        laid_out = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer(laid_out)["input_ids"]
         tokens += (tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * bool(ended))[:60]
         padded = np.zeros((1, 140), np.int32)
         padded[0, : len(tokens)] = tokens
@@ -149,9 +144,8 @@ def test_a_kill_changes_nothing(finished, models, tmp_path, monkeypatch):
     assert main(command) == 0
     for stage in ("reward_model", "rl"):
         assert lines(whole, stage) == lines(killed, stage)
-    assert (whole / "reward_model/normalisation.json").read_text() == (
-        killed / "reward_model/normalisation.json"
-    ).read_text()
+    one, other = ((folder / "reward_model" / "normalisation.json").read_text() for folder in (whole, killed))
+    assert one == other
 
 
 @pytest.mark.slow
@@ -220,13 +214,12 @@ BAD = {
     "context": (["reward_model.max_response_length=1000"], ["1080", "256 tokens", "lower them"]),
     "nothing": (["reward_model.weights=nowhere"], ["config.reward_model.weights", "no model at nowhere"]),
     "shape": (["reward_model.weights=shape:llama-3.2-1b"], ["reward_model.weights", "name a model"]),
-    "mesh": (["mesh.tensor=8", "mesh.fsdp=1", "mesh.replicated=('heads','kv_heads','mlp','vocab')"], ["mesh"]),
     "family": (["policy.weights=", "policy.model.family=gpt"], ["policy.model.family='gpt'", "gpt2"]),
     "prompts": (["reward_model.max_prompt_length=12"], ["data.", "config.reward_model.max_prompt_length=12", "raise"]),
 }
 
 
-@pytest.mark.parametrize("case", [case for case in BAD if case != "mesh"])
+@pytest.mark.parametrize("case", BAD)
 def test_a_reward_model_that_can_not_be_is_refused_in_one_line(models, tmp_path, capfd, case):
     options, said = BAD[case]
     assert main(flags_of(models, tmp_path / "run", *(f"--config.{option}" for option in options))) == 2
