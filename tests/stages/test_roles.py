@@ -15,13 +15,21 @@ from rlaif_jax.main import main
 from rlaif_jax.models.weights import weights_hash
 from rlaif_jax.stages import reward_model
 from rlaif_jax.stages import run as runs
-from rlaif_jax.stages.reading import Reader
+from rlaif_jax.stages.reading import Reader, reward_reader
 from rlaif_jax.stages.replies import Replies
-from rlaif_jax.stages.reward_model import load_reward_model, score_texts
-from rlaif_jax.stages.rewards import TextRewards, load_gold, load_rewards, load_token_reward_model, score_replies
+from rlaif_jax.stages.reward_model import load_reward_model, score, score_texts
+from rlaif_jax.stages.rewards import (
+    TextRewardModel,
+    TextRewards,
+    load_gold,
+    load_rewards,
+    load_token_reward_model,
+    score_replies,
+)
 from rlaif_jax.stages.run import Run, reopen_run
+from rlaif_jax.training.reward_models import RewardModel
 from rlaif_jax.training.sequences import Sequences
-from tests.helpers import apply, one_device, one_device_mesh, quickstart_config
+from tests.helpers import apply, one_device, one_device_mesh, quickstart_config, random_params
 from tests.reference import families
 from tests.tiny_judge import constitutional_flags, tiny_run_flags
 from tests.tiny_models import write_model
@@ -206,6 +214,25 @@ def test_only_what_has_ended_gets_an_end_and_what_is_cut_is_known(models):
     assert reader.cut(found, ended).tolist() == [False, False, True, False]
     prompt = found.prompts[0][found.prompt_mask[0]]
     assert tokenizer.decode(prompt).startswith("A conversation.<|user|>Hello?")
+
+
+@pytest.mark.slow
+def test_what_each_principle_gives_is_known_of_texts_too(models, tmp_path):
+    config = override(quickstart_config(), {"reward_model.weights": models["headless"]})
+    run = Run(config, epath.Path(tmp_path), one_device())
+    params = jax.tree.map(lambda *x: np.stack(x), *(random_params(run.reward_model(), seed) for seed in (0, 1)))
+    parts = np.float32([0.1, -0.2]), np.float32(0.3), np.float32(2.0), "mean", 0.0, np.float32([0.75, 0.25])
+    by_principle = RewardModel(jax.device_put(params, run.placement.whole), *parts, ("kind", "brief"))
+    by_principle = jax.device_put(by_principle, run.placement.whole)
+    prompts, texts, ended = ["Hello?"] * 3, ["Yes.", "No, thank you.", "Perhaps"], [True, True, False]
+    scorer = TextRewardModel(run, reward_reader(run), by_principle, 4, "reward_model")
+    with jax.set_mesh(run.placement.mesh):
+        values, metrics = scorer(prompts, texts, ended)
+        expected = score(run, by_principle, scorer.reader.sequences(prompts, texts, ended), 4)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    means = 0.75 * metrics["reward/principle/kind"] + 0.25 * metrics["reward/principle/brief"]
+    assert means - 2 * 0.3 == pytest.approx(values.mean(), rel=1e-5)
+    assert metrics["reward/principle_share/kind"] + metrics["reward/principle_share/brief"] == pytest.approx(1)
 
 
 BAD = {
