@@ -15,8 +15,9 @@ from rlaif_jax.main import main
 from rlaif_jax.models.weights import weights_hash
 from rlaif_jax.stages import reward_model
 from rlaif_jax.stages import run as runs
+from rlaif_jax.stages.critique import check_reviser
 from rlaif_jax.stages.reading import Reader, reward_reader
-from rlaif_jax.stages.replies import Replies
+from rlaif_jax.stages.replies import Replies, loaded_decoder
 from rlaif_jax.stages.reward_model import load_reward_model, score, score_texts
 from rlaif_jax.stages.rewards import (
     TextRewardModel,
@@ -31,7 +32,7 @@ from rlaif_jax.training.reward_models import RewardModel
 from rlaif_jax.training.sequences import Sequences
 from tests.helpers import apply, one_device, one_device_mesh, quickstart_config, random_params
 from tests.reference import families
-from tests.tiny_judge import constitutional_flags, tiny_run_flags
+from tests.tiny_judge import tiny_run_flags
 from tests.tiny_models import write_model
 
 POLICY, REWARD, JUDGE = "gpt2", "qwen2", "gemma3"
@@ -184,11 +185,14 @@ def test_other_weights_are_another_config(finished, models, tmp_path, capfd):
     assert "reward_model.weights_hash" in capfd.readouterr().err
 
 
-@pytest.mark.slow
-def test_judge_and_reviser_and_teacher_may_be_folders(models, tmp_path, capfd):
-    flags = constitutional_flags(models["judge"], tmp_path / "run", tmp_path)
-    assert main(["main", *flags, "--config.policy.model.family=gpt_neox", "--stages=sft,critique"]) == 0
-    assert (tmp_path / "run" / "critique" / "revisions.parquet").exists()
+def test_reviser_and_teacher_may_be_folders(models, tmp_path):
+    changes = {"critique.weights": models["judge"], "constitution.file": "assistant"}
+    run = Run(override(quickstart_config(), changes), epath.Path(tmp_path), one_device())
+    check_reviser(run)  # its tokenizer reads the template
+    model, params = loaded_decoder(run, models["judge"], "float32")
+    assert model.config.family == JUDGE
+    expected = families.weight("model.embed_tokens.weight", (700, 32))
+    np.testing.assert_array_equal(params["decoder"]["embedding"], expected)
 
 
 def test_the_reward_model_begins_with_the_head_of_its_weights(models, tmp_path):
