@@ -201,6 +201,9 @@ def get_config(arm: str = "default") -> config_dict.ConfigDict:
         noise_rate=0.0,  # share of labels that are turned round
     )
     config.reward_model = group(
+        weights="",  # it begins as the SFT policy; a model of any family, with its own tokenizer
+        max_prompt_length=0,  # in tokens of that; 0: as many as the policy's
+        max_response_length=0,
         steps=60,
         batch_size=32,  # pairs
         micro_batches=1,

@@ -26,13 +26,18 @@ from rlaif_jax.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """The policy, and by its shape the reference, the value network and the reward model."""
+    """The policy, and by its shape the reference, the value network, and a reward model without weights of its own."""
 
     weights: str  # "" trains from scratch; else a GGUF file, a Hugging Face folder, package:NAME, or shape:NAME to plan
     adapter: str  # a folder of PEFT, merged into the weights; "" for none
     model: ModelConfig  # from scratch: its shape, and the size of the tokenizer trained on the corpus
     max_prompt_length: int  # tokens, chat template included; a longer prompt is shortened or dropped
     max_response_length: int  # tokens, end of sequence included
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of prompt and response, in tokens."""
+        return self.max_prompt_length, self.max_response_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +142,9 @@ class PreferencesConfig:
 class RewardModelConfig(TrainingConfig):
     """The Bradley-Terry reward model."""
 
+    weights: str  # "" begins as the SFT policy, with its tokenizer; else as those of the policy: any family, its own
+    max_prompt_length: int  # with weights, in tokens of their tokenizer; 0: the number of the policy
+    max_response_length: int  # the same; of a longer response what fits is read
     members: int  # trained side by side as one program, each with an order of the data and a head of its own
     combine: str  # "mean", "min" (worst case), "uncertainty" or "weights" (their average), see losses/reward.py
     by_principle: bool  # each member learns the labels of one principle; the mean is by the principles' weights
@@ -330,6 +338,12 @@ class Config:
     best_of_n: BestOfNConfig
     evaluation: EvaluationConfig
     overoptimisation: OveroptimisationConfig
+
+    @property
+    def reward_lengths(self) -> tuple[int, int]:
+        """Of prompt and response as the reward model reads them, in tokens of its tokenizer."""
+        own, policy = self.reward_model, self.policy
+        return own.max_prompt_length or policy.max_prompt_length, own.max_response_length or policy.max_response_length
 
     @property
     def policy_stage(self) -> str:

@@ -86,6 +86,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("preferences.smoothing preferences.clamp", "from 0 to below 0.5", lambda x: 0 <= x < 0.5),
     ("reward_model.combine", f"one of {', '.join(COMBINATIONS)}", lambda x: x in COMBINATIONS),
     ("reward_model.members", "positive", lambda x: x > 0),
+    ("reward_model.max_*_length", "0 (as the policy's) or more", lambda x: x >= 0),
     (
         "reward_model.uncertainty_coef reward_model.margin reward_model.centring reward_model.train_pairs "
         "reward_model.flawed_members",
@@ -134,7 +135,7 @@ _RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 _BATCHES = "*.batch_size sampler.slots sft.*.slots critique.*.slots"
 _JUDGE_BATCHES = "judge.*.slots panel.*.slots"
 # What the lengths of whole passes are made of; prompts that are read before their replies may have any length.
-_LENGTHS = "policy.max_prompt_length policy.max_response_length sft.row_length sampler.bucket_multiple"
+_LENGTHS = "*.max_prompt_length *.max_response_length sft.row_length sampler.bucket_multiple"
 _JUDGE_LENGTHS = "judge.bucket_multiple panel.judges.*.bucket_multiple"
 
 
@@ -231,6 +232,12 @@ def _check_red_team_prompts(config: Config, flat: Mapping[str, Any]) -> None:
 
 def _check_reward_model(config: Config, flat: Mapping[str, Any]) -> None:
     reward_model = config.reward_model
+    for name in ("max_prompt_length", "max_response_length"):
+        if getattr(reward_model, name) and not reward_model.weights:
+            raise UserError(
+                f"config.reward_model.{name} is in tokens of reward_model.weights: without them the reward model reads "
+                "what the policy does; set it to 0"
+            )
     needed = reward_model.batch_size + reward_model.validation_pairs
     _require(flat, "label.pairs", f"at least reward_model.batch_size + validation_pairs, {needed}", lambda x: (
         x >= needed))  # fmt: skip
@@ -445,6 +452,11 @@ def _check_rl(config: Config, flat: Mapping[str, Any], devices: int) -> None:
                 "config.rl.value_init=reward_model needs the stage reward_model in config.stages; without it set "
                 "rl.value_init=sft"
             )
+    if "rl" in stages and rl.advantage == "gae" and rl.value_init == "reward_model" and config.reward_model.weights:
+        raise UserError(
+            "config.rl.value_init=reward_model: the value network has the policy's shape and tokenizer, and "
+            f"reward_model.weights={config.reward_model.weights} its own; set rl.value_init=sft"
+        )
     _check_scorers(config, rewards, "rl.rewards")
     _check_scorers(config, rl.gold, "rl.gold")
     if bool(rl.gold.reward_model) != bool(rl.gold.reward_model_run):

@@ -60,9 +60,9 @@ def texts_to_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) ->
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, of: str = "policy"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts through the chat template, padded on the left.
+    """Prompts through the chat template, padded on the left. of: the config group that has their length.
 
     Returns (tokens [n, length] int32, mask [n, length] bool). Raises UserError for a prompt longer than that, and
     as `prompt_tokens`.
@@ -71,7 +71,7 @@ def encode_prompts(
     for index, row in enumerate(rows):
         if len(row) > length:
             raise UserError(
-                f"prompt {index} has {len(row)} tokens, more than policy.max_prompt_length={length}: "
+                f"prompt {index} has {len(row)} tokens, more than {of}.max_prompt_length={length}: "
                 f"{prompts[index][:60]!r}"
             )
     return _pad(rows, length, left=True)

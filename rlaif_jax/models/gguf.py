@@ -52,7 +52,7 @@ def open_reader(file: epath.Path) -> gguf.GGUFReader:
 
 
 def open_file(file: epath.Path):
-    """(config, read, files), as `weights.Weights` has them. Raises UserError for a damaged or an unknown model."""
+    """(config, read, files, names), as `weights.Weights` has them. Raises UserError for a damaged or unknown model."""
     reader = open_reader(file)
     architecture = metadata(reader, "general.").get("architecture")
     if architecture not in _FAMILIES:
@@ -72,7 +72,7 @@ def open_file(file: epath.Path):
         weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         return in_our_layout(name, _as_hugging_face(name, weight, config, architecture), config)
 
-    return config, read, (file,)
+    return config, read, (file,), frozenset(names)
 
 
 def model_config(reader: gguf.GGUFReader, architecture: str, tensors: Mapping[str, Any]) -> ModelConfig:

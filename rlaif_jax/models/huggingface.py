@@ -39,7 +39,7 @@ class Tensor(NamedTuple):
 
 
 def open_folder(folder: epath.Path):
-    """(config, read, files), as `weights.Weights` has them. Raises UserError where it is missing or damaged."""
+    """(config, read, files, names), as `weights.Weights` has them. Raises UserError where it is missing or damaged."""
     config = model_config(read_config(folder), folder)
     tensors, files = _tensors(folder)
     family = FAMILIES[config.family]
@@ -54,7 +54,7 @@ def open_folder(folder: epath.Path):
             raise UserError(f"{folder} is a {kind} model: it has no {family.whole[name]}")
         return in_our_layout(name, _mapped(tensors[names[name].format(layer)]), config)
 
-    return config, read, (folder / "config.json", *files)
+    return config, read, (folder / "config.json", *files), frozenset(names)
 
 
 def read_config(folder: epath.Path) -> PretrainedConfig:

@@ -29,6 +29,7 @@ class Weights(NamedTuple):
     config: ModelConfig
     read: Callable[[str, int], np.ndarray]  # (our name of a parameter, layer) -> it in our layout, however stored
     files: tuple[epath.Path, ...]  # all that the model depends on
+    names: frozenset[str]  # our names of the parameters that it has: "kernel" where it is a reward model
 
 
 @functools.cache  # parsing a vocabulary takes seconds, and several stages and cells of a sweep open the same file

@@ -12,6 +12,7 @@ _SMALLER = {
     "prefill": "lower config.sampler.refill",
     "rollout": "lower config.rl.batch_size",
     "measure": "lower config.evaluation.batch_size",
+    "reward_model": "lower config.evaluation.batch_size",
     "reference": "lower config.preference.batch_size",
 }
 

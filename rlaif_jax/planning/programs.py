@@ -40,7 +40,7 @@ from rlaif_jax.stages.preference import PreferenceBatch, reference_logprobs
 from rlaif_jax.stages.rl import abstract_rl_state, abstract_sampled, update_function
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.optimizer import make_optimizer
-from rlaif_jax.training.reward_models import side_by_side
+from rlaif_jax.training.reward_models import RewardModel, side_by_side
 from rlaif_jax.training.rollout import Frozen, make_rollout
 from rlaif_jax.training.state import abstract_state
 
@@ -179,14 +179,14 @@ def _judging(
 
 
 def _reward_model(run: Run) -> Iterator[Program]:
-    config, model = run.config.reward_model, run.scalar_model()
+    config, model, lengths = run.config.reward_model, run.reward_model(), run.config.reward_lengths
     optimizer = make_optimizer(config.optimizer, config.steps)
     lora, frozen = run.lora("reward_model"), frozen_shapes(run, "reward_model", model)
     state = side_by_side(abstract_state(model, optimizer, run.placement, lora), config.members)
-    batch = Arrays(run.placement).comparisons(config.batch_size, run.config.policy)
+    batch = Arrays(run.placement).comparisons(config.batch_size, lengths)
     step = reward_model.step_function(model, optimizer, config)
     arguments = state, [batch] * config.members, frozen
-    tokens = config.members * 2 * config.batch_size * _length(run)
+    tokens = config.members * 2 * config.batch_size * sum(lengths)
     yield Program("reward_model", "step", step, arguments, {}, run.placement.mesh, config.steps, tokens=tokens)
 
 
@@ -209,9 +209,14 @@ def _rl(run: Run) -> Iterator[Program]:
         for program in _judging(run, "rl", name, judge, config.batch_size, 1, (state, *frozen)):
             yield dataclasses.replace(program, calls=program.calls * (config.steps if program.name == name else 1))
     sampled, scores = abstract_sampled(run), arrays.rows(jnp.float32, config.batch_size)
-    arguments = model, scalar_model, state, reference, rewards, sampled, scores, trained_on
+    in_rollout, beside = rewards, judges
+    if rewards and run.config.reward_model.weights:
+        waiting = _resident(run, reference=shapes)
+        yield _scoring(run, "rl", rewards, config.steps, config.batch_size, (state, *waiting, *judges))
+        in_rollout, beside = None, (*_resident(run, reward_model=rewards), *judges)
+    arguments = model, scalar_model, state, reference, in_rollout, sampled, scores, trained_on
     tokens, keywords = config.batch_size * _length(run), {"config": config}
-    yield Program("rl", "rollout", make_rollout, arguments, keywords, mesh, config.steps, tokens, beside=judges)
+    yield Program("rl", "rollout", make_rollout, arguments, keywords, mesh, config.steps, tokens, beside=beside)
     with jax.set_mesh(mesh):
         rollout = jax.eval_shape(functools.partial(make_rollout, model, scalar_model, config=config), *arguments[2:])[0]
     rows = config.ptx_rows * config.epochs * config.minibatches
@@ -223,6 +228,17 @@ def _rl(run: Run) -> Iterator[Program]:
     yield Program(
         "rl", "update", update_function(run), arguments, {}, mesh, config.steps, tokens * config.epochs, beside=beside
     )
+
+
+def _scoring(run: Run, stage: str, rewards: RewardModel, times: int, responses: int, beside: tuple) -> Program:
+    """A reward model with a tokenizer of its own, which so many responses are encoded for so many times."""
+    rows, lengths = run.config.evaluation.batch_size, run.config.reward_lengths
+    arguments = run.reward_model(), rewards.params, Arrays(run.placement).sequences(rows, lengths)
+    calls = times * math.ceil(responses / rows)
+    return Program(
+        stage, "reward_model", reward_model.score_members, arguments, {}, run.placement.mesh, calls,
+        rows * sum(lengths), beside=beside,
+    )  # fmt: skip
 
 
 def _live_judges(run: Run) -> dict[str, AbstractJudge]:
@@ -271,7 +287,7 @@ def _preference(run: Run) -> Iterator[Program]:
                                (state, *waiting, *loaded))  # fmt: skip
         for program in _judging(run, "preference", "judge", judge, config.batch_size, 1, (state, *waiting)):
             yield dataclasses.replace(program, calls=program.calls * (config.steps if program.name == "judge" else 1))
-    side = arrays.sequences(config.batch_size, run.config.policy)
+    side = arrays.sequences(config.batch_size, run.config.policy.lengths)
     pairs = config.steps * config.batch_size if config.online else run.config.label.pairs
     yield Program(
         "preference", "reference", reference_logprobs, (model, reference, side, config.sampling.temperature), {}, mesh,
@@ -279,7 +295,7 @@ def _preference(run: Run) -> Iterator[Program]:
         beside=(state, *loaded) if config.online else (),
     )  # fmt: skip
     number = arrays.rows(jnp.float32, config.batch_size)
-    batch = PreferenceBatch(arrays.comparisons(config.batch_size, run.config.policy), number, number)
+    batch = PreferenceBatch(arrays.comparisons(config.batch_size, run.config.policy.lengths), number, number)
     step = preference.step_function(model, optimizer, config)
     tokens = 2 * config.batch_size * _length(run)
     frozen = frozen_shapes(run, "preference", model)  # the reference itself
@@ -302,10 +318,15 @@ def _evaluation(run: Run) -> Iterator[Program]:
     policies, prompts = len(run.config.measured_policies), _evaluation_prompts(run)
     for program in _sampling(run, "eval", prompts, 1, config.sampling, (sft_params, rewards)):
         yield dataclasses.replace(program, calls=policies * program.calls)
-    sequences = Arrays(run.placement).sequences(config.batch_size, run.config.policy)
-    arguments = model, run.scalar_model(), sft_params, sft_params, rewards, sequences, config.sampling.temperature
+    sequences = Arrays(run.placement).sequences(config.batch_size, run.config.policy.lengths)
+    in_measure, beside = rewards, ()
+    if rewards and run.config.reward_model.weights:
+        in_measure, beside = None, (rewards,)
+        yield _scoring(run, "eval", rewards, policies, prompts, (sft_params, sft_params))
+    arguments = model, run.scalar_model(), sft_params, sft_params, in_measure, sequences, config.sampling.temperature
     calls = policies * math.ceil(prompts / config.batch_size)
-    yield Program("eval", "measure", measure, arguments, {}, mesh, calls, config.batch_size * _length(run))
+    tokens = config.batch_size * _length(run)
+    yield Program("eval", "measure", measure, arguments, {}, mesh, calls, tokens, beside=beside)
     compared = math.comb(len(run.config.policies), 2)
     yield from _judging(run, "eval", "judge", abstract_judge(run, run.config.judge), compared * prompts, 1)
 

@@ -63,14 +63,14 @@ class Arrays:
         tokens = self.rows(jnp.int32, rows, length)
         return PackedRows(tokens, tokens, self.rows(jnp.bool_, rows, length))
 
-    def sequences(self, rows: int, policy: PolicyConfig) -> Sequences:
-        """Prompts and responses, as long as the policy's may be."""
-        shapes = [(rows, policy.max_prompt_length), (rows, policy.max_response_length)]
+    def sequences(self, rows: int, lengths: tuple[int, int]) -> Sequences:
+        """Prompts and responses of such lengths."""
+        shapes = [(rows, length) for length in lengths]
         return Sequences(*(self.rows(dtype, *shape) for shape in shapes for dtype in (jnp.int32, jnp.bool_)))
 
-    def comparisons(self, rows: int, policy: PolicyConfig) -> Comparisons:
+    def comparisons(self, rows: int, lengths: tuple[int, int]) -> Comparisons:
         """Labelled pairs."""
-        side, number = self.sequences(rows, policy), self.rows(jnp.float32, rows)
+        side, number = self.sequences(rows, lengths), self.rows(jnp.float32, rows)
         return Comparisons(side, side, number, number)
 
     def all_whole(self, shapes):
@@ -102,7 +102,7 @@ def abstract_reward_model(run: Run) -> RewardModel:
     """The trained reward model."""
     config, whole = run.config.reward_model, Arrays(run.placement).whole
     members = 1 if config.combine == "weights" else config.members
-    params = side_by_side(trained_shapes(run.scalar_model(), run.placement), members)
+    params = side_by_side(trained_shapes(run.reward_model(), run.placement), members)
     number = whole(jnp.float32)
     return RewardModel(params, whole(jnp.float32, members), number, number, config.combine, config.uncertainty_coef)
 

@@ -11,8 +11,7 @@ from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.statistics import wilson_ci
 from rlaif_jax.files import read_parquet, remove_folder, there, write_json, write_parquet
 from rlaif_jax.stages.replies import keep_replies
-from rlaif_jax.stages.reward_model import load_reward_model
-from rlaif_jax.stages.rewards import load_rewards, score_replies
+from rlaif_jax.stages.rewards import load_rewards, load_token_reward_model, score_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.stages.sft import packed, tune
 
@@ -51,9 +50,9 @@ def _choose(run: Run) -> pa.Table:
     shards = run.folder("best_of_n") / "replies_start"
     params, key = run.start_params(), run.key("best_of_n")
     replies = keep_replies(run, params, prompts, config.samples, key, config.sampling, shards, config.commit_every)
-    reward_model = load_reward_model(run) if run.config.rl.rewards.reward_model else None
     repeated = [prompt for prompt in prompts for _ in range(config.samples)]
-    scores = score_replies(run, load_rewards(run), reward_model, replies, repeated).reshape(-1, config.samples)
+    scores = score_replies(run, load_rewards(run), load_token_reward_model(run), replies, repeated)
+    scores = scores.reshape(-1, config.samples)
     scored, limit = np.isfinite(scores), run.config.rl.rewards.max_unscored_rate
     if np.mean(~scored) > limit:
         raise UserError(

@@ -31,6 +31,7 @@ from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.principles import Labeller, by_principles, comparison_principles, evaluation_draws
 from rlaif_jax.stages.replies import keep_replies, padded_batches
 from rlaif_jax.stages.reward_model import load_reward_model, score_texts
+from rlaif_jax.stages.rewards import TextRewardModel, load_text_reward_model
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.reward_models import RewardModel, rewards_of
 from rlaif_jax.training.sequences import Sequences, response_logprobs
@@ -81,8 +82,9 @@ def _judged(run: Run, label: Callable[..., bool], samples: dict, new: str, old: 
 
 def _sample(run: Run, prompts: list[str]) -> pa.Table:
     """One response of each policy to each prompt, with its reward, length and log-ratio to the SFT policy."""
-    model, scalar_model = run.language_model(), run.scalar_model()
-    sft, reward_model, config = run.trained_params("sft", model), _reward_model(run), run.config.evaluation
+    model, scalar_model, config = run.language_model(), run.scalar_model(), run.config.evaluation
+    sft, by_text = run.trained_params("sft", model), _text_reward_model(run)
+    reward_model = None if by_text else _reward_model(run)
     columns: dict[str, list] = {"prompt": prompts}
     key = run.in_round(1).key("eval")
     for name in run.config.measured_policies:
@@ -96,6 +98,8 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
             measured = measure(model, scalar_model, params, sft, reward_model, batch, config.sampling.temperature)
             for column, values in to_host(measured).items():
                 measured_columns.setdefault(f"{column}/{name}", []).extend(values[:rows].astype(float).tolist())
+        if by_text:
+            measured_columns[f"reward/{name}"] = by_text(prompts, replies.texts, replies.ended)[0].tolist()
         columns |= measured_columns
     return pa.table(columns)
 
@@ -103,6 +107,12 @@ def _sample(run: Run, prompts: list[str]) -> pa.Table:
 def _reward_model(run: Run) -> RewardModel | None:
     """The reward model's, where the config trains one."""
     return load_reward_model(run) if "reward_model" in run.config.stages else None
+
+
+def _text_reward_model(run: Run) -> TextRewardModel | None:
+    """The same, where it does not read the policy's tokens."""
+    own = "reward_model" in run.config.stages and run.config.reward_model.weights
+    return load_text_reward_model(run, run, "reward_model") if own else None
 
 
 def _shards(run: Run, policy: str) -> epath.Path:

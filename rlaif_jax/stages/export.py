@@ -1,5 +1,6 @@
 """A stage's trained model as a Hugging Face folder, with tokenizer, generation settings and a card."""
 
+import copy
 import difflib
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from rlaif_jax.models.transformer import ModelConfig
 from rlaif_jax.parallel import processes
 from rlaif_jax.stages.folders import all_stages, in_round, record_file
 from rlaif_jax.stages.pipeline import is_done
+from rlaif_jax.stages.reading import reward_reader
 from rlaif_jax.stages.reward_model import load_reward_model, one_member
 from rlaif_jax.stages.run import Run
 
@@ -140,7 +142,7 @@ def _generation(config: Config, stage: str, tokenizer: PreTrainedTokenizerFast) 
 
 
 def _reward_model(run: Run, name: str, member: int) -> _Exported:
-    reward_model, tokenizer = load_reward_model(run), run.tokenizer()
+    reward_model, tokenizer = load_reward_model(run), copy.deepcopy(reward_reader(run).tokenizer)
     parameters = one_member(reward_model, member)
     offset = float(processes.to_host(parameters["bias"])[0])
     pad, unknowing = _pad(tokenizer), ""
@@ -152,7 +154,7 @@ def _reward_model(run: Run, name: str, member: int) -> _Exported:
     text = _REWARD_MODEL.format(
         stage=name, member=which, eos=tokenizer.eos_token, offset=offset, pad=pad, unknowing=unknowing
     )
-    return _Exported(run.scalar_model().config, parameters, tokenizer, {"reward_offset": offset}, text)
+    return _Exported(run.reward_model().config, parameters, tokenizer, {"reward_offset": offset}, text)
 
 
 def _pad(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -176,8 +178,11 @@ def _pad(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def _card(run: Run, name: str, dtype: str, license_id: str, title: str, text: str) -> str:
     stage, _ = in_round(name)
-    record, weights = record_file(run.workdir), run.config.policy.weights
-    digest = read_json(run.record(name))["config"].get("policy.weights_hash", "unknown")
+    record, begin = record_file(run.workdir), "policy"
+    if stage == "reward_model" and run.config.reward_model.weights:
+        begin = "reward_model"
+    weights = getattr(run.config, begin).weights
+    digest = read_json(run.record(name))["config"].get(f"{begin}.weights_hash", "unknown")
     facts = {
         "run": run.workdir.name,
         "stage": name,

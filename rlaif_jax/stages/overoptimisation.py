@@ -20,8 +20,7 @@ from rlaif_jax.evaluation.statistics import mean_ci
 from rlaif_jax.files import read_json_lines, read_parquet, remove_folder, there, write_json, write_parquet, write_text
 from rlaif_jax.reporting.overoptimisation_page import render_overoptimisation
 from rlaif_jax.stages.replies import Replies, keep_replies
-from rlaif_jax.stages.reward_model import load_reward_model
-from rlaif_jax.stages.rewards import load_gold, load_rewards, proxy_scores
+from rlaif_jax.stages.rewards import load_gold, load_rewards, load_token_reward_model, proxy_scores
 from rlaif_jax.stages.run import Run
 from rlaif_jax.stages.values import keep_values
 
@@ -75,15 +74,14 @@ def _sample(run: Run) -> pa.Table:
 
 def _scorer(run: Run, prompts: list[str], replies: Replies) -> Callable[[list[int]], dict[str, np.ndarray]]:
     """What gives rows their proxy (as RL's reward/mean: not normalised, without KL) and gold reward: [n] float each."""
-    rewards, text_rewards, gold = run.config.rl.rewards, load_rewards(run), load_gold(run)
-    reward_model = load_reward_model(run) if rewards.reward_model else None
+    text_rewards, gold, reward_model = load_rewards(run), load_gold(run), load_token_reward_model(run)
 
     def score_replies(rows: list[int]) -> dict[str, np.ndarray]:
-        asked, texts = ([texts[row] for row in rows] for texts in (prompts, replies.texts))
-        sequences = jax.tree.map(lambda x: x[rows], replies.sequences)
+        asked, texts, ended = ([of[row] for row in rows] for of in (prompts, replies.texts, replies.ended))
+        some = Replies(texts, ended, jax.tree.map(lambda x: x[rows], replies.sequences))
         batch_size = run.config.overoptimisation.batch_size
-        proxy = proxy_scores(run, text_rewards, reward_model, asked, texts, sequences, batch_size)
-        return {"proxy": proxy, "gold": gold(asked, texts)}
+        proxy = proxy_scores(run, text_rewards, reward_model, some, asked, batch_size)
+        return {"proxy": proxy, "gold": gold(asked, texts, ended)}
 
     return score_replies
 

@@ -21,6 +21,7 @@ from rlaif_jax.stages.folders import all_stages, in_round
 from rlaif_jax.stages.label import run_label
 from rlaif_jax.stages.overoptimisation import run_overoptimisation
 from rlaif_jax.stages.preference import run_preference
+from rlaif_jax.stages.reading import check_reward_reader
 from rlaif_jax.stages.reward_model import check_labels_by_principle, run_reward_model
 from rlaif_jax.stages.rewards import normalisation_file
 from rlaif_jax.stages.rl import run_rl
@@ -98,6 +99,7 @@ def plan(run: Run, names: list[str]) -> list[str]:
     _check_weights(run)
     _check_rounds(run)
     check_verifiers(run, names)
+    check_reward_reader(run)
     check_labels_by_principle(run)
     if not names:
         raise UserError(f"--stages names no stage; the stages are {', '.join(order)}")
@@ -190,6 +192,9 @@ def _file_hashes(run: Run) -> dict[str, str]:
     if policy.weights:
         with blame("policy.weights"):
             hashes["policy.weights_hash"] = hash_of(run.policy_weights().files)
+    if run.config.reward_model.weights:
+        with blame("reward_model.weights"):
+            hashes["reward_model.weights_hash"] = weights_hash(run.config.reward_model.weights)
     if run.config.sft.teacher.weights:
         with blame("sft.teacher.weights"):
             hashes["sft.teacher.weights_hash"] = weights_hash(run.config.sft.teacher.weights)

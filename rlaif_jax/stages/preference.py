@@ -32,6 +32,7 @@ from rlaif_jax.stages.preferences import (
     read_preferences,
 )
 from rlaif_jax.stages.principles import comparison_principles, draw_principles, draws
+from rlaif_jax.stages.reading import policy_reader
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
@@ -137,7 +138,7 @@ def _offline(run: Run, model: LanguageModel, reference):
     """Steps over the labels, in shuffled epochs."""
     config = run.config.preference
     table = read_preferences(run)
-    pairs = encode_comparisons(run, table)
+    pairs = encode_comparisons(policy_reader(run), table)
     ref_a, ref_b = _stored_reference(run, model, reference, pairs)
     whole = PreferenceBatch(pairs, ref_a, ref_b)
     order = run.order_seed("preference")

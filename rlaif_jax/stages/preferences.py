@@ -8,12 +8,12 @@ from etils import epath
 from flax import struct
 
 from rlaif_jax.config import PreferencesConfig
-from rlaif_jax.data.encoding import encode_prompts, encode_responses
 from rlaif_jax.errors import UserError
 from rlaif_jax.evaluation.calibration import fit_temperature, scale
 from rlaif_jax.evaluation.panel import trust
 from rlaif_jax.evaluation.principles import FOLDER as PRINCIPLES
 from rlaif_jax.files import read_parquet
+from rlaif_jax.stages.reading import Reader
 from rlaif_jax.stages.run import Run
 from rlaif_jax.training.sequences import Sequences
 
@@ -78,19 +78,18 @@ def learned_labels(prob_a: np.ndarray, config: PreferencesConfig, rng: np.random
     return np.where(turned, 1 - prob_a, prob_a)
 
 
-def encode_comparisons(run: Run, table: Mapping[str, list]) -> Comparisons:
-    """The columns of `read_preferences` as arrays, for the policy's tokenizer and lengths."""
-    policy, tokenizer = run.config.policy, run.tokenizer()
-    prompts, prompt_mask = encode_prompts(tokenizer, table["prompt"], policy.max_prompt_length)
-
-    def sequences(name: str) -> Sequences:
-        responses, ended = table[f"response_{name}"], table[f"ended_{name}"]
-        return Sequences(
-            prompts, prompt_mask, *encode_responses(tokenizer, responses, policy.max_response_length, ended)
+def encode_comparisons(reader: Reader, table: Mapping[str, list]) -> Comparisons:
+    """The columns of `read_preferences` as arrays, as a model reads them; says how many responses were too long."""
+    prompts = reader.prompts(table["prompt"])
+    a, b = (Sequences(*prompts, *reader.responses(table[f"response_{name}"], table[f"ended_{name}"])) for name in "ab")
+    cut = np.concatenate([reader.cut(a, table["ended_a"]), reader.cut(b, table["ended_b"])])
+    if cut.any():
+        print(
+            f"{cut.sum()} of {len(cut)} responses have more than config.{reader.group}.max_response_length="
+            f"{reader.response_length} tokens: they are read without their end",
+            flush=True,
         )
-
-    prob_a, weight = (np.asarray(table[name], np.float32) for name in ("prob_a", "weight"))
-    return Comparisons(sequences("a"), sequences("b"), prob_a, weight)
+    return Comparisons(a, b, *(np.asarray(table[name], np.float32) for name in ("prob_a", "weight")))
 
 
 def _mixed(columns: dict[str, list], rng: np.random.Generator) -> dict[str, list]:

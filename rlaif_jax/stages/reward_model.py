@@ -29,6 +29,7 @@ from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.stages.label import ground_truth_agreement
 from rlaif_jax.stages.preferences import Comparisons, encode_comparisons, over_pairs, read_preferences
 from rlaif_jax.stages.principles import draws
+from rlaif_jax.stages.reading import check_prompts, reward_reader
 from rlaif_jax.stages.replies import padded_batches
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.training.loop import LoopConfig, train
@@ -57,8 +58,9 @@ def run_reward_model(run: Run) -> None:
     `by_principle` it learns the labels of one principle alone.
     """
     config, table = run.config.reward_model, read_preferences(run)
-    comparisons = encode_comparisons(run, table)
-    model, optimizer = run.scalar_model(), make_optimizer(config.optimizer, config.steps)
+    check_prompts(run)
+    comparisons, model = encode_comparisons(reward_reader(run), table), run.reward_model()
+    optimizer = make_optimizer(config.optimizer, config.steps)
     trained, _ = split_rows(config, table["pair"])
     rows_by_member, what = _rows_by_member(run, table, trained), "reward_model.batch_size"
     whats = [f"{what}, for the principle {each.id}," for each in _principles(run)] or [what] * config.members
@@ -96,13 +98,12 @@ def run_reward_model(run: Run) -> None:
 
 
 def _begins(run: Run, model: ScalarModel) -> list[Start]:
-    """What each member begins with: the SFT policy's decoder, and a head of its own."""
-    config, lora, decoder = run.config.reward_model, run.lora("reward_model"), None
+    """What each member begins with: the same parameters, with a head of its own where they have none."""
+    config, lora = run.config.reward_model, run.lora("reward_model")
+    base = functools.cache(lambda: run.base_params("reward_model"))
 
     def params(number: int) -> dict:
-        nonlocal decoder  # of all members
-        decoder = decoder or run.base_params("reward_model")["decoder"]
-        return init_parameters(model, run.key("reward_head", number), run.placement, HEAD) | {"decoder": decoder}
+        return init_parameters(model, run.key("reward_head", number), run.placement, HEAD) | base()
 
     # An average of weights means something between models that began alike (WARM, section 3).
     numbers = [0 if config.combine == "weights" else i for i in range(config.members)]
@@ -352,7 +353,7 @@ def load_reward_model(run: Run) -> RewardModel:
         raise UserError(f"{file} is missing: run --stages=reward_model to its end")
     normalisation = read_json(file)
     means, offset, scale = (_whole(run, normalisation[name]) for name in ("member_means", "mean", "scale"))
-    params = run.trained_params("reward_model", run.scalar_model(), run.config.reward_model.members)
+    params = run.trained_params("reward_model", run.reward_model(), run.config.reward_model.members)
     # Those that it was trained by: the file of the constitution may say something else by now.
     principles = normalisation.get("principles", {})
     if run.config.reward_model.by_principle and not principles:
@@ -370,12 +371,12 @@ def one_member(reward_model: RewardModel, number: int) -> dict:
 
 def score(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size: int) -> np.ndarray:
     """The reward of each response: [n] float32 on the host."""
-    return _in_batches(functools.partial(_rewards, run.scalar_model(), reward_model), run, sequences, batch_size)
+    return _in_batches(functools.partial(_rewards, run.reward_model(), reward_model), run, sequences, batch_size)
 
 
 def member_scores(run: Run, reward_model: RewardModel, sequences: Sequences, batch_size: int) -> np.ndarray:
     """What each member says of each response by itself: [members, n] float32 on the host."""
-    of_batch = functools.partial(_member_rewards, run.scalar_model(), reward_model.params)
+    of_batch = functools.partial(score_members, run.reward_model(), reward_model.params)
     return _in_batches(of_batch, run, sequences, batch_size)
 
 
@@ -391,11 +392,12 @@ def score_texts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rewards of both responses of each pair (`prompt`, `response_a`, `response_b`): two [n] float32.
 
-    A response that does not fit the policy's length is scored by what fits.
+    A response that does not fit the reward model's length is scored by what fits.
     """
     ended, weight = [True] * len(pairs["prompt"]), [1.0] * len(pairs["prompt"])
-    encoded = encode_comparisons(run, {**pairs, "ended_a": ended, "ended_b": ended, "weight": weight})
+    table = {**pairs, "ended_a": ended, "ended_b": ended, "weight": weight}
+    encoded = encode_comparisons(reward_reader(run), table)
     return tuple(score(run, reward_model, x, batch_size) for x in (encoded.a, encoded.b))
 
 
-_rewards, _member_rewards = jax.jit(rewards_of, static_argnums=0), jax.jit(member_rewards, static_argnums=0)
+_rewards, score_members = jax.jit(rewards_of, static_argnums=0), jax.jit(member_rewards, static_argnums=0)

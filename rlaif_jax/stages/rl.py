@@ -18,7 +18,7 @@ from rlaif_jax.parallel.mesh import batch_sharding, shard_batch, shard_rows
 from rlaif_jax.parallel.processes import put, to_host
 from rlaif_jax.progress import warn
 from rlaif_jax.stages.reward_model import load_reward_model, one_member
-from rlaif_jax.stages.rewards import load_gold, load_rewards
+from rlaif_jax.stages.rewards import load_gold, load_rewards, load_token_reward_model
 from rlaif_jax.stages.rollouts import Rollouts
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.stages.sft import demonstration_rows
@@ -40,7 +40,7 @@ def run_rl(run: Run) -> None:
     what = "rl.batch_size / group_size"
     rollouts = Rollouts(run, "rl", count, config.group_size, config.sampling, what, one_shape)
     lora, reference = run.lora("rl"), run.waiting("reference", run.base_params("rl"))
-    reward_model = run.waiting("reward_model", load_reward_model(run) if config.rewards.reward_model else None)
+    reward_model = run.waiting("reward_model", load_token_reward_model(run))
     exact_kl = config.kl.placement == "loss" and config.kl.estimator == "full"
     text_rewards, gold, demonstrations = load_rewards(run), load_gold(run), _demonstrations(run)
 
@@ -71,10 +71,10 @@ def run_rl(run: Run) -> None:
         del policy  # the update donates what is trained
         prompts, scores, text_metrics = rollouts.prompts(step), zeros, {}
         if text_rewards.needed or gold.needed:
-            sequences = to_host(sampled.sequences)
+            sequences, ended = to_host((sampled.sequences, sampled.ended))
             texts = decode_responses(tokenizer, sequences.responses, sequences.response_mask)
         if text_rewards.needed:
-            host_scores, text_metrics = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1))
+            host_scores, text_metrics = text_rewards(prompts, texts, sequences.response_mask.sum(axis=1), ended)
             scores = shard_batch(host_scores, mesh)
         used = to_device((None if lora else reference, reward_model))
         rollout, control, scores, metrics = make_rollout(
@@ -87,7 +87,7 @@ def run_rl(run: Run) -> None:
         state, update_metrics = update_fn(state, rollout, kl_coef, in_update, demonstrations(step), key, frozen)
         state = state.replace(control=control)
         if gold.needed:  # nothing waits for it: the device updates meanwhile
-            text_metrics |= gold.metrics(prompts, texts)
+            text_metrics |= gold.metrics(prompts, texts, ended)
 
         def shown() -> list[dict]:
             if step % config.samples_every and step + 1 < config.steps:

@@ -44,7 +44,6 @@ from rlaif_jax.stages.folders import cell_stages, name_in_round, record_file
 from rlaif_jax.training.checkpoints import check_whole, restore_params
 from rlaif_jax.training.reward_models import side_by_side
 
-_AFTER_SFT = ("sl_cai", "reward_model")  # the stages that begin with the SFT policy, whatever the round
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "gguf")
 
 
@@ -107,8 +106,12 @@ class Run:
 
     def model_config(self) -> ModelConfig:
         """The policy's shape: that of its weights, or the config's where it is trained from scratch."""
-        policy, own = self.config.policy, self.config.policy.model
-        shape = model_config(policy.weights) if policy.weights else own
+        policy = self.config.policy
+        return self._trained(model_config(policy.weights) if policy.weights else policy.model)
+
+    def _trained(self, shape: ModelConfig) -> ModelConfig:
+        """A shape, computing as the config has its models in training compute."""
+        own = self.config.policy.model
         return dataclasses.replace(
             shape, remat=own.remat, dtype=own.dtype, attention=own.attention, lora_scale=self.config.lora.scale
         )
@@ -123,8 +126,13 @@ class Run:
         return LanguageModel(self.model_config())
 
     def scalar_model(self) -> ScalarModel:
-        """The architecture of reward model and value network."""
+        """The architecture of the value network: the policy's."""
         return ScalarModel(self.model_config())
+
+    def reward_model(self) -> ScalarModel:
+        """The architecture of the reward model: the policy's, or that of weights of its own."""
+        weights = self.config.reward_model.weights
+        return ScalarModel(self._trained(model_config(weights))) if weights else self.scalar_model()
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The policy's tokenizer, which the SFT stage has saved."""
@@ -141,6 +149,14 @@ class Run:
         """The parameters that this round's policy begins with: those of SL-CAI or SFT, or of the round before."""
         run, stage = self.start()
         return run.trained_params(stage, self.language_model())
+
+    def _reward_params(self) -> dict:
+        """In any round those of the SFT policy, or of weights of its own, with a head where they have one."""
+        weights = self.config.reward_model.weights
+        if not weights:
+            return {"decoder": self.trained_params("sft", self.language_model())["decoder"]}
+        found, abstract = open_weights(weights), abstract_parameters(self.reward_model(), self.placement)
+        return load_parameters(found, {name: x for name, x in abstract.items() if name in {"decoder", *found.names}})
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0):
         """The parameters at the end of a stage, never those before unless asked for; UserError where there are none.
@@ -164,10 +180,12 @@ class Run:
         return whole_params(frozen, trained, lora.scale, members) if lora else trained
 
     def base_params(self, stage: str) -> dict:
-        """The policy's parameters as a stage finds them."""
+        """The parameters that a stage begins with: the policy's, or a reward model's decoder and what head there is."""
         if stage == "sft":
             return self._initial_params()
-        return self.trained_params("sft", self.language_model()) if stage in _AFTER_SFT else self.start_params()
+        if stage == "reward_model":
+            return self._reward_params()
+        return self.trained_params("sft", self.language_model()) if stage == "sl_cai" else self.start_params()
 
     def _initial_params(self) -> dict:
         model, policy = self.language_model(), self.config.policy
@@ -256,6 +274,8 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
     if "critique" in config.stages and config.critique.weights:
         with blame("critique.weights"):
             models["reviser"] = LanguageModel(model_config(config.critique.weights))
+    if "reward_model" in config.stages and config.reward_model.weights:
+        models["reward model"] = _own_reward_model(run)
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
@@ -263,6 +283,20 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
         with blame(f"mesh.judge does not fit {name}"):
             run.judge_placement.parameters(model, JUDGE_RULES)
     return run
+
+
+def _own_reward_model(run: Run) -> ScalarModel:
+    """The reward model of weights of its own. Raises UserError where it can't read what it is to score."""
+    with blame("reward_model.weights"):
+        model = run.reward_model()
+    longest, room = sum(run.config.reward_lengths), model.config.max_position_embeddings
+    if longest > room:
+        raise UserError(
+            f"config.reward_model: max_prompt_length + max_response_length, {longest} (those of the policy where they "
+            f"are 0), is more than the {room} tokens (max_position_embeddings) that {run.config.reward_model.weights} "
+            "can read: lower them"
+        )
+    return model
 
 
 def _check_gold(config: Config, workdir: epath.Path) -> None:

@@ -16,6 +16,7 @@ from rlaif_jax.models.lora import joined, start
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel import processes
 from rlaif_jax.parallel.mesh import shard_rows
+from rlaif_jax.stages.reading import check_prompts
 from rlaif_jax.stages.replies import sample_replies
 from rlaif_jax.stages.run import Run, shuffled_batches
 from rlaif_jax.stages.teacher import teacher_demonstrations
@@ -29,6 +30,7 @@ from rlaif_jax.training.step import compiled_step
 def run_sft(run: Run) -> None:
     """Reads the sources, trains, and writes `sft/data`, `sft/tokenizer` and `sft/checkpoints`."""
     processes.agree(lambda: _prepare_data(run))
+    check_prompts(run)
     tune(run, "sft", run.config.sft, demonstration_rows(run), lambda: run.base_params("sft"))
 
 

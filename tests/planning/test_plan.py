@@ -58,6 +58,19 @@ def test_every_program_of_the_stages_is_there_with_its_calls(run):
     ]
 
 
+def test_a_reward_model_of_its_own_shape_is_planned_by_itself(run):
+    own = {"reward_model.weights": "shape:llama-3.2-1b", "reward_model.max_response_length": 48, "rl.value_init": "sft"}
+    other = dataclasses.replace(run, config=override(run.config, own))
+    config, of_device = other.config, 1.2e9 / other.placement.mesh.size
+    programs = {program.title: program for program in programs_of(other, ["reward_model", "rl"])}
+    assert bytes_of(programs["reward_model/step"].arguments) > 12 * of_device  # Adam's moments with them
+    scoring, rollout = programs["rl/reward_model"], programs["rl/rollout"]
+    assert scoring.calls == config.rl.steps * config.rl.batch_size / config.evaluation.batch_size
+    assert scoring.tokens == config.evaluation.batch_size * (config.policy.max_prompt_length + 48)
+    assert bytes_of(rollout.arguments) < 4 * of_device < bytes_of(rollout.beside)  # it waits there
+    assert bytes_of(programs["rl/update"].beside) > 4 * of_device
+
+
 def test_rounds_repeat_the_stages_after_sft(run):
     thrice = dataclasses.replace(run, config=override(run.config, {"rounds": 3}))
     once, often = (

@@ -218,8 +218,8 @@ def test_the_gold_of_another_judge_is_that_judges(judge, tmp_path):
     ratings = []
     for weights in ("", write_judge(tmp_path / "other.gguf", seed=1)):
         run = run_of(**rewarded, **{"rl.gold.judge": 0.5, "rl.gold.judge_weights": weights})
-        proxy, _ = load_rewards(run)(prompts, responses, np.ones(3))
-        ratings.append((proxy, load_gold(run)(prompts, responses)))
+        proxy, _ = load_rewards(run)(prompts, responses, np.ones(3), [True] * 3)
+        ratings.append((proxy, load_gold(run)(prompts, responses, [True] * 3)))
     np.testing.assert_allclose(*ratings[0], rtol=1e-5)
     assert np.all(np.abs(ratings[1][1] - ratings[1][0]) > 1e-5)
 
@@ -229,9 +229,9 @@ def test_gold_metrics_count_what_has_no_score():
         name = f"{__name__}:{verifier.__name__}"
         return load_gold(run_of(**{"rl.gold.verifier": 2.0, "rl.gold.verifier_function": name}))
 
-    assert gold(rarely).metrics(["a"] * 4, ["z", "", "z" * 7, "z" * 3]) == {
+    assert gold(rarely).metrics(["a"] * 4, ["z", "", "z" * 7, "z" * 3], [True] * 4) == {
         "gold/mean": 2 * 2.0, "gold/std": 2 * 1.0, "gold/unscored": 0.5}  # fmt: skip
-    assert gold(nothing).metrics(["a"], ["x"]) == {"gold/unscored": 1.0}
+    assert gold(nothing).metrics(["a"], ["x"], [True]) == {"gold/unscored": 1.0}
     assert not load_gold(run_of()).needed
 
 
@@ -301,7 +301,7 @@ def test_the_reward_model_of_another_run_is_gold(finished, judge, tmp_path, capf
     prompts = run.data("train_prompts")["prompt"][:5]
     replies = ["Boil it.", "", "Thank you for asking! " * 40, "No.", "No."]
     with jax.set_mesh(mesh):
-        found = load_gold(run)(prompts, replies)
+        found = load_gold(run)(prompts, replies, [True] * 5)
         pairs = {"prompt": prompts, "response_a": replies, "response_b": replies, "prob_a": [0.5] * 5}
         expected, _ = score_texts(theirs, load_reward_model(theirs), pairs, 8)
     np.testing.assert_allclose(found, 2 * expected, rtol=1e-5)
