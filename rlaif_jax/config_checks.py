@@ -199,9 +199,6 @@ def _check_lora(config: Config, flat: Mapping[str, Any]) -> None:
     for field, known in (("targets", TARGETS), ("stages", LORA_STAGES)):
         what = f"different ones of {', '.join(known)}"
         _require(flat, f"lora.{field}", what, lambda x: x and len(set(x)) == len(x) and set(x) <= set(known))  # noqa: B023
-    family = FAMILIES.get(config.policy.model.family) if scratch else None
-    if family and not set(lora.targets) <= set(family.layer):
-        raise UserError(f"config.lora.targets={lora.targets}: {config.policy.model.family} has no gate")
     adapting = set(lora.stages) & set(config.stages)
     if scratch and "sft" in adapting:
         raise UserError(

@@ -22,6 +22,7 @@ from rlaif_jax.models.huggingface_export import DTYPES
 from rlaif_jax.models.parameters import Placement
 from rlaif_jax.parallel.mesh import RULES, AxesConfig, make_mesh
 from rlaif_jax.stages.export import check_stage, export_model
+from rlaif_jax.stages.export_adapter import check_adapter, export_adapter
 from rlaif_jax.stages.folders import stage_folder
 from rlaif_jax.stages.run import reopen_run
 
@@ -33,6 +34,7 @@ _HELP = """\
                        "unknown"
   --name=NAME          what the card calls it; by default the run's name
   --dtype=DTYPE        of a model's weights: float32, as they were trained (the default), bfloat16 or float16
+  --adapter            of a policy whose stage has trained an adapter (config.lora): that alone, in the format of PEFT
   --member=I           of a reward model with several members: which one, from 0 on
   --judge-license=ID   for labels: the licence of the judge, whose terms may bind what is made with them
 
@@ -42,7 +44,7 @@ AutoModelForSequenceClassification, and AutoTokenizer with it; DIR must not be t
 Of labels, DIR is what datasets.load_dataset("DIR") and TRL's preference trainers read: prompt, chosen, rejected
 (texts), the probability that the chosen one is better, and where each label comes from. Pairs without a preference are
 left out."""
-_ONLY_LABELS, _ONLY_MODELS = ("judge-license",), ("dtype", "member")  # flags
+_ONLY_LABELS, _ONLY_MODELS = ("judge-license",), ("dtype", "member", "adapter")  # flags
 _CARD = """# {name}
 
 {rows} preferences between two responses to a prompt, labelled by {labelled}.
@@ -76,6 +78,7 @@ def _main(argv: list[str]) -> int:
         flags.DEFINE_string(name, None, "", flag_values=values)
     flags.DEFINE_string("license", "unknown", "", flag_values=values)
     flags.DEFINE_enum("dtype", None, [*DTYPES], "", flag_values=values)
+    flags.DEFINE_boolean("adapter", None, "", flag_values=values)
     flags.DEFINE_integer("member", None, "", lower_bound=0, flag_values=values)
     options = parse_plain(argv, _USAGE, values)
     if not options.workdir or not options.stage or not options.out:
@@ -107,6 +110,9 @@ def _model(workdir: epath.Path, out: epath.Path, options: flags.FlagValues) -> N
     run = dataclasses.replace(reopen_run(workdir, placement.mesh), placement=placement)
     check_stage(run, options.stage, options.member)
     title = options.name or f"{workdir.name} {options.stage}"
+    if options.adapter:
+        check_adapter(run, options.stage)
+        return export_adapter(run, options.stage, out, title)
     export_model(run, options.stage, out, options.dtype or "float32", options.member, options.license, title)
 
 

@@ -103,7 +103,8 @@ def _begins(run: Run, model: ScalarModel) -> list[Start]:
     base = functools.cache(lambda: run.base_params("reward_model"))
 
     def params(number: int) -> dict:
-        return init_parameters(model, run.key("reward_head", number), run.placement, HEAD) | base()
+        own = {name: part for name, part in base().items() if name in ("decoder", *HEAD)}
+        return init_parameters(model, run.key("reward_head", number), run.placement, HEAD) | own
 
     # An average of weights means something between models that began alike (WARM, section 3).
     numbers = [0 if config.combine == "weights" else i for i in range(config.members)]

@@ -26,6 +26,7 @@ from rlaif_jax.evaluation.names import stage_and_iteration
 from rlaif_jax.files import read_json, read_parquet, there
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
+from rlaif_jax.models.families import FAMILIES
 from rlaif_jax.models.lora import LoraConfig, abstract_trained, whole_params
 from rlaif_jax.models.parameters import (
     Placement,
@@ -151,11 +152,11 @@ class Run:
         return run.trained_params(stage, self.language_model())
 
     def _reward_params(self) -> dict:
-        """In any round those of the SFT policy, or of weights of its own, with a head where they have one."""
-        weights = self.config.reward_model.weights
-        if not weights:
-            return {"decoder": self.trained_params("sft", self.language_model())["decoder"]}
-        found, abstract = open_weights(weights), abstract_parameters(self.reward_model(), self.placement)
+        """Those of weights of its own, with a head where they have one."""
+        found, abstract = (
+            open_weights(self.config.reward_model.weights),
+            abstract_parameters(self.reward_model(), self.placement),
+        )
         return load_parameters(found, {name: x for name, x in abstract.items() if name in {"decoder", *found.names}})
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0):
@@ -164,15 +165,20 @@ class Run:
         members: of models that were trained side by side, each leaf [members, ...]; 0 for one without that axis.
         iteration: of RL, after how many of its iterations, of those that it keeps; 0 for its end.
         """
-        lora = self.lora(stage)
-        abstract = abstract_trained(model, self.placement, lora, FORWARD_RULES)
+        trained = self.trained(stage, model, members, iteration)
+        if not self.lora(stage):
+            return trained
+        base = self.base_params(stage)
+        frozen = base if isinstance(model, LanguageModel) else {"decoder": base["decoder"]}
+        return self.whole_params(stage, frozen, trained, members)
+
+    def trained(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0) -> dict:
+        """What a stage's checkpoint has of a model's parameters: all, or an adapter. As `trained_params` else."""
+        abstract = abstract_trained(model, self.placement, self.lora(stage), FORWARD_RULES)
         abstract = side_by_side(abstract, members) if members else abstract
         folder, last = self.folder(stage) / "checkpoints", getattr(self.config, stage).steps
         with self._remedy(stage, iteration):
-            trained = restore_params(folder, iteration or last, abstract)
-        base = self.base_params(stage) if lora else {}
-        frozen = base if isinstance(model, LanguageModel) or not lora else {"decoder": base["decoder"]}
-        return self.whole_params(stage, frozen, trained, members)
+            return restore_params(folder, iteration or last, abstract)
 
     def whole_params(self, stage: str, frozen: dict, trained: dict, members: int = 0) -> dict:
         """What a stage has trained as parameters of a whole model, an adapter merged into what was frozen."""
@@ -181,11 +187,16 @@ class Run:
 
     def base_params(self, stage: str) -> dict:
         """The parameters that a stage begins with: the policy's, or a reward model's decoder and what head there is."""
-        if stage == "sft":
-            return self._initial_params()
-        if stage == "reward_model":
-            return self._reward_params()
-        return self.trained_params("sft", self.language_model()) if stage == "sl_cai" else self.start_params()
+        if before := self.before(stage):
+            run, name = before
+            return run.trained_params(name, self.language_model())
+        return self._reward_params() if stage == "reward_model" else self._initial_params()
+
+    def before(self, stage: str) -> tuple["Run", str] | None:
+        """The run's round and the stage of it that a stage begins with; None where it begins with weights."""
+        if stage == "sft" or (stage == "reward_model" and self.config.reward_model.weights):
+            return None
+        return (self, "sft") if stage in ("sl_cai", "reward_model") else self.start()
 
     def _initial_params(self) -> dict:
         model, policy = self.language_model(), self.config.policy
@@ -271,6 +282,7 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
                 f"follows that{grow}"
             )
         judging[name] = LanguageModel(shape)
+    _check_targets(run)
     if "critique" in config.stages and config.critique.weights:
         with blame("critique.weights"):
             models["reviser"] = LanguageModel(model_config(config.critique.weights))
@@ -283,6 +295,16 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
         with blame(f"mesh.judge does not fit {name}"):
             run.judge_placement.parameters(model, JUDGE_RULES)
     return run
+
+
+def _check_targets(run: Run) -> None:
+    """Raises UserError for adapters to weights that a model does not have."""
+    for name, model in (("policy", run.language_model()), ("reward model", run.reward_model())):
+        missing = set(run.config.lora.targets) - set(FAMILIES[model.config.family].layer)
+        if run.config.lora.rank and missing:
+            raise UserError(
+                f"config.lora.targets: the {name}, of family {model.config.family}, has no {', '.join(sorted(missing))}"
+            )
 
 
 def _own_reward_model(run: Run) -> ScalarModel:

@@ -29,7 +29,7 @@ from tests.helpers import (
     random_tokens,
     tiny,
 )
-from tests.reference import families
+from tests.reference import families, make_families_reference
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=TARGETS, stages=())
 MODEL = LanguageModel(tiny(lora_scale=LORA.scale, num_key_value_heads=4))
@@ -143,6 +143,19 @@ def test_an_adapter_that_we_write_is_one_that_we_read(tmp_path):
     write_adapter(adapter["decoder"]["layers"]["lora"], model.config, LORA, "base", tmp_path)
     _, read = loaded(with_adapter(weights, str(tmp_path)))
     assert_trees_close(read, merged(joined(params, adapter), LORA.scale), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.peer
+def test_peft_reads_an_adapter_that_we_write(tmp_path):
+    families.write_folder("llama3", tmp_path / "base")
+    model, params = loaded(open_weights(str(tmp_path / "base")))
+    adapter = random_adapter(model)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(adapter["decoder"]["layers"]["lora"], model.config, LORA, "base", tmp_path / "adapter")
+    tokens = families.read("llama3")[1]["tokens"]
+    theirs = make_families_reference.logits_of_adapter(tmp_path / "base", tmp_path / "adapter", tokens)
+    ours = full_logits(model, merged(joined(params, adapter), LORA.scale), tokens)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_peft_has_no_adapter_of_a_part_of_a_fused_tensor(tmp_path):

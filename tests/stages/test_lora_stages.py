@@ -10,7 +10,11 @@ from etils import epath
 
 from rlaif_jax.config import override
 from rlaif_jax.errors import AGAIN
+from rlaif_jax.export import main as export
 from rlaif_jax.main import main
+from rlaif_jax.models.parameters import abstract_parameters
+from rlaif_jax.models.peft import with_adapter
+from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.parallel import processes
 from rlaif_jax.planning.programs import programs_of
 from rlaif_jax.stages.rl import abstract_rl_state
@@ -124,7 +128,27 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_result(judge, workdir, tmp_
     assert metrics(tmp_path / "run", stage) == metrics(tmp_path / "undisturbed", stage)
 
 
+@pytest.mark.slow
+def test_an_exported_adapter_is_all_that_the_stages_have_learned(judge, workdir, run, tmp_path, capfd):
+    command = ["export", f"--workdir={workdir}", "--stage=rl"]
+    assert export([*command, f"--out={tmp_path / 'adapter'}", "--adapter"]) == 0
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["r"] == 2 * RANK  # of SFT and of RL
+    adapted, model = with_adapter(open_weights(judge), str(tmp_path / "adapter")), run.language_model()
+    rl = run.trained_params("rl", model)
+    read = load_parameters(adapted, abstract_parameters(model, run.placement))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), read, rl)
+    assert export([*command, f"--out={tmp_path / 'merged'}"]) == 0
+    merged = load_parameters(open_weights(str(tmp_path / "merged")), abstract_parameters(model, run.placement))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), merged, rl)
+    capfd.readouterr()
+    for stage, words in (("reward_model", "for policies"), ("label", "--adapter is for models")):
+        assert export(["export", f"--workdir={workdir}", f"--stage={stage}", f"--out={tmp_path / stage}", "--adapter"])
+        assert words in capfd.readouterr().err
+
+
+NO_GATE = {"policy.weights": "", "policy.model.family": "gpt2", "policy.model.max_position_embeddings": 256}
 BAD = {
+    "target that there is not": (NO_GATE | {"lora.stages": "('rl',)"}, "has no gate"),
     "unknown target": ({"lora.targets": "('queries',)"}, "lora.targets"),
     "unknown stage": ({"lora.stages": "('label',)"}, "lora.stages"),
     "random weights": ({"policy.weights": ""}, "policy.weights"),
