@@ -13,6 +13,8 @@ from rlaif_jax.models.weights import open_weights
 from tests.reference import families
 
 LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
     "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -21,10 +23,7 @@ LLAMA3_ROPE = {
 # Where a case differs from what the files can say: they leave out Gemma's scale and which of its layers see all.
 CASES = {
     "llama2": ("llama", {}),
-    "llama3": (
-        "llama",
-        {"rope_parameters": LLAMA3_ROPE},
-    ),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 12}),
