@@ -10,6 +10,10 @@ from rlaif_jax.data.layouts import messages
 from rlaif_jax.data.tokenizers import special_tokens
 from rlaif_jax.errors import UserError
 
+# The day of a prompt must be the same whenever a run goes on: that of Llama 3's template where it can't ask the clock.
+_DAY = "26 Jul 2024"
+_NO_CLOCK = "{% macro strftime_now(format) %}" + _DAY + "{% endmacro %}"
+
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
     """Prompts through the chat template, as token lists that end where a reply begins.
@@ -35,8 +39,12 @@ def chat_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, s
             "the tokenizer has no chat template: use the weights of an instruction-tuned model, or for a judge that "
             "is none judge.prompt.chat=False"
         )
+    template = tokenizer.get_chat_template()
+    template = _NO_CLOCK + template if "strftime_now" in template else template
+    # Neither a policy's reply nor a judge's answer begins with thoughts (Qwen 3, SmolLM3); other templates do not ask.
+    asked = {"date_string": _DAY, "enable_thinking": False, "add_generation_prompt": True}
     try:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **asked)
     except Exception as error:  # a template is a program, and comes with the model
         roles = ", ".join(turn["role"] for turn in turns)
         message = f"the tokenizer's chat template can't lay out the turns {roles}: {error}"

@@ -71,10 +71,12 @@ def from_weights(path: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model (`open_weights`). Raises UserError where the model does not know all its tokens."""
     weights = open_weights(path)
     tokenizer = from_folder(weights.path) if weights.path.is_dir() else from_gguf(open_reader(weights.path))
-    if len(tokenizer) > weights.config.vocab_size:
+    rows, special = weights.config.vocab_size, special_tokens(tokenizer)
+    # Gemma 3 1B has a special token for images beyond its embedding, which no text has.
+    if any(index >= rows and index not in special for index in tokenizer.get_vocab().values()):
         raise UserError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the {weights.config.vocab_size} rows of the "
-            "embedding: take the tokenizer that the model was saved with"
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the {rows} rows of the embedding: take the "
+            "tokenizer that the model was saved with"
         )
     return tokenizer
 

@@ -38,6 +38,8 @@ _ROPE_FACTORS = "rope_freqs.weight"  # by which frequencies are divided
 _LLAMA3_CONTEXT = 8192  # in tokens, which Llama 3 was trained on before its rotation was stretched
 # What llama.cpp knows of Gemma and its files do not say; the last, newer ones do.
 _GEMMA_FULL_EVERY = {"gemma2": 2, "gemma3": 6}
+# Of files that say nothing of them.
+_GEMMA2 = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention.sliding_window": 4096}
 _GEMMA_27B = {("gemma2", 46): 144.0, ("gemma3", 62): 168.0}  # layers -> query_pre_attn_scalar, width over heads
 _GEMMA3_LOCAL_THETA = 10_000.0
 
@@ -77,7 +79,7 @@ def open_file(file: epath.Path):
 
 def model_config(reader: gguf.GGUFReader, architecture: str, tensors: Mapping[str, Any]) -> ModelConfig:
     """The decoder's shape from metadata. Raises KeyError for what is missing."""
-    fields = metadata(reader, f"{architecture}.")
+    fields = (_GEMMA2 if architecture == "gemma2" else {}) | metadata(reader, f"{architecture}.")
     heads, layers = fields["attention.head_count"], fields["block_count"]
     head_dim = fields.get("attention.key_length") or int(tensors["blk.0.attn_q.weight"].shape[1]) // heads
     theta = float(fields.get("rope.freq_base", 10_000.0))

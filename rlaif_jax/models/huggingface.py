@@ -21,6 +21,7 @@ from rlaif_jax.models.transformer import LanguageModel, ModelConfig
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What begins the names of a decoder's tensors, besides what is usual: nothing, and inside a Gemma 3 that sees images.
 _BEGINNINGS = ("", "language_model.model.", "model.language_model.")
@@ -54,7 +55,8 @@ def open_folder(folder: epath.Path):
             raise UserError(f"{folder} is a {kind} model: it has no {family.whole[name]}")
         return in_our_layout(name, _mapped(tensors[names[name].format(layer)]), config)
 
-    return config, read, (folder / "config.json", *files), frozenset(names)
+    tokenizer = (file for file in map(folder.__truediv__, _TOKENIZER) if file.exists())
+    return config, read, (folder / "config.json", *files, *tokenizer), frozenset(names)
 
 
 def read_config(folder: epath.Path) -> PretrainedConfig:

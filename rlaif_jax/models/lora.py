@@ -5,7 +5,6 @@ An adapter is a part of the parameter tree, decoder/layers/lora; a tree without 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -117,11 +116,16 @@ def _boxes(model: nn.Module, lora: LoraConfig) -> dict:
     return {"decoder": {"layers": {"lora": {name: pair(name) for name in lora.targets}}}}
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "members"))
-def whole_params(frozen: dict, trained: dict, scale: float, members: int = 0) -> dict:
+def _whole(frozen: dict, trained: dict, scale: float, members: int = 0) -> dict:
     """The parameters of the model that a stage has trained, without an adapter.
 
     members: of models trained side by side, each leaf of `trained` [members, ...]; 0 for one without that axis.
     """
     merge = lambda trained: merged(joined(frozen, trained), scale)  # noqa: E731
     return jax.vmap(merge)(trained) if members else merge(trained)
+
+
+whole_params = jax.jit(_whole, static_argnames=("scale", "members"))
+whole_params_in_place = jax.jit(
+    _whole, static_argnames=("scale", "members"), donate_argnames="frozen"
+)  # of no more use

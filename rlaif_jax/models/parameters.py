@@ -97,7 +97,8 @@ def move_parameters(model: nn.Module, parameters, placement: Placement):
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _matrices_in(parameters, dtype: str):
-    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, parameters)
+    matrix = lambda path, x: x.astype(dtype) if x.ndim - in_layers(path) > 1 else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(matrix, parameters)
 
 
 def _whole(x: jax.Array | np.ndarray) -> np.ndarray:

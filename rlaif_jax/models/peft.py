@@ -34,7 +34,7 @@ def with_adapter(weights: Weights, folder: str) -> Weights:
     Raises UserError for an adapter that is missing, damaged, of another model or of a kind that can't be merged.
     """
     path = epath.Path(folder)
-    scale, tensors = _read(path)
+    fields, tensors = _read(path)
     family, config = FAMILIES[weights.config.family], weights.config
     names = {
         _module(config, name, layer): (name, layer) for name in TARGETS if name in family.layer
@@ -44,14 +44,18 @@ def with_adapter(weights: Weights, folder: str) -> Weights:
     unknown = sorted(modules - set(names))
     if unknown:
         raise UserError(f"{path} adapts {unknown[0]}, which {weights.path} ({config.family}) does not have")
+    pairs = {f"{module}.lora_{letter}.weight" for module in modules for letter in "AB"}
+    if set(tensors) != pairs:
+        raise UserError(f"{path}/{_TENSORS} does not have both matrices of {sorted(set(tensors) ^ pairs)[0]}")
 
     def read(name: str, layer: int) -> np.ndarray:
         weight, module = weights.read(name, layer), _module(config, name, layer) if name in TARGETS else None
         if module not in modules:
             return weight
         a, b = (tensors[f"{module}.lora_{letter}.weight"].astype(np.float32) for letter in "AB")
-        change = scale * b @ a
+        scale = fields["lora_alpha"] / (len(a) ** 0.5 if fields.get("use_rslora") else len(a))
         try:
+            change = scale * b @ a
             change = in_our_layout(name, change.T if family.transposed else change, config)
             return weight.astype(np.float32) + change
         except ValueError as error:
@@ -60,8 +64,8 @@ def with_adapter(weights: Weights, folder: str) -> Weights:
     return weights._replace(read=read, files=(*weights.files, path / _CONFIG, path / _TENSORS))
 
 
-def _read(path: epath.Path) -> tuple[float, dict[str, np.ndarray]]:
-    """What products count, and all tensors."""
+def _read(path: epath.Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """The fields of its config, and all tensors. A module's rank is that of its matrices, whatever the config says."""
     for name in (_CONFIG, _TENSORS):
         if not (path / name).exists():
             raise UserError(f"{path} is no adapter of PEFT: it has no {name}")
@@ -77,8 +81,9 @@ def _read(path: epath.Path) -> tuple[float, dict[str, np.ndarray]]:
             raise UserError(
                 f"{path}/{_CONFIG} has {name}={config[name]!r}: merge it with PEFT's merge_and_unload first"
             )
-    rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-    return config["lora_alpha"] / rank, tensors
+    if not isinstance(config.get("lora_alpha"), (int, float)):
+        raise UserError(f"{path}/{_CONFIG} has no lora_alpha that is a number")
+    return config, tensors
 
 
 def write_adapter(adapter: Mapping, config: ModelConfig, lora: LoraConfig, base: str, folder: epath.Path) -> None:

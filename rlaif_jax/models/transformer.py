@@ -268,7 +268,8 @@ class Layer(nn.Module):
             y = y + c.lora_scale * project(project(x, adapter["a"], contracted=len(axes)), adapter["b"])
         if name in FAMILIES[c.family].biases:
             init = nn.with_logical_partitioning(nn.initializers.zeros, to_axes)
-            y = y + self.param(f"{name}_bias", init, to, jnp.float32).astype(y.dtype)
+            # Added in float32, so that its gradient is a sum in float32.
+            y = (y.astype(jnp.float32) + self.param(f"{name}_bias", init, to, jnp.float32)).astype(y.dtype)
         return y
 
 

@@ -107,7 +107,8 @@ def load_parameters(weights: Weights, abstract, dtype: str = "float32", shuffle_
 
 def _put(read: Callable[[], np.ndarray], abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """An array of which each device gets its own slice, in the dtype in which it is stored."""
-    parts: dict[str, np.ndarray] = {}  # devices that hold the same slice share one reading
+    read = functools.cache(read)  # for all slices
+    parts: dict[str, np.ndarray] = {}  # and devices that hold the same slice share it
 
     def part(index):
         if str(index) not in parts:

@@ -71,7 +71,8 @@ def token_pieces(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     else:
         piece = _sentencepiece_bytes
     added = {index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()}
-    return [b"" if index in special else added.get(index) or piece(token) for index, token in enumerate(tokens)]
+    none = {index for index, token in enumerate(tokens) if token is None} | set(special)  # holes in a vocabulary
+    return [b"" if index in none else added.get(index) or piece(token) for index, token in enumerate(tokens)]
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

@@ -191,7 +191,10 @@ def _file_hashes(run: Run) -> dict[str, str]:
             hashes["constitution.digest"] = load_constitution(run.config.constitution.file).digest
     if policy.weights:
         with blame("policy.weights"):
-            hashes["policy.weights_hash"] = hash_of(run.policy_weights().files)
+            hashes["policy.weights_hash"] = weights_hash(policy.weights)
+    if policy.adapter:
+        with blame("policy.adapter"):
+            hashes["policy.adapter_hash"] = hash_of(run.policy_weights().files)
     if run.config.reward_model.weights:
         with blame("reward_model.weights"):
             hashes["reward_model.weights_hash"] = weights_hash(run.config.reward_model.weights)

@@ -72,10 +72,12 @@ def run_reward_model(run: Run) -> None:
 
     step_fn, lora = step_function(model, optimizer, config), run.lora("reward_model")
     abstract = side_by_side(abstract_state(model, optimizer, run.placement, lora), config.members)
-    begins = _begins(run, model)
-    whole = functools.partial(run.whole_params, "reward_model", begins[0].frozen, members=config.members)
+    kept = _begins(run, model) if lora else None
+    frozen = kept[0].frozen if kept else {}
+    whole = functools.partial(run.whole_params, "reward_model", frozen, members=config.members)
 
     def init() -> TrainState:
+        begins = kept or _begins(run, model)  # made here, so that what they begin with does not stay
         members = [init_state(model, begin.trained(), optimizer, run.placement, lora) for begin in begins]
         return stack(members, abstract)
 
@@ -86,7 +88,7 @@ def run_reward_model(run: Run) -> None:
             for chosen, prob_a in zip(rows, labels, strict=True)
         ]
         sharded = [shard_batch(batch, run.placement.mesh) for batch in of_members]
-        state, metrics = step_fn(state, sharded, begins[0].frozen)
+        state, metrics = step_fn(state, sharded, frozen)
         tokens = sum(x.prompt_mask[rows].sum() + x.response_mask[rows].sum() for x in (comparisons.a, comparisons.b))
         params = state.params
         samples = lambda: _compared(run, whole(params), table, comparisons, rows[0]) if step + 1 == config.steps else []  # noqa: E731

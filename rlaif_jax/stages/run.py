@@ -27,7 +27,7 @@ from rlaif_jax.files import read_json, read_parquet, there
 from rlaif_jax.judge.score import POLICY
 from rlaif_jax.judge.store import ALONE, Worker
 from rlaif_jax.models.families import FAMILIES
-from rlaif_jax.models.lora import LoraConfig, abstract_trained, whole_params
+from rlaif_jax.models.lora import LoraConfig, abstract_trained, whole_params, whole_params_in_place
 from rlaif_jax.models.parameters import (
     Placement,
     abstract_parameters,
@@ -170,7 +170,8 @@ class Run:
             return trained
         base = self.base_params(stage)
         frozen = base if isinstance(model, LanguageModel) else {"decoder": base["decoder"]}
-        return self.whole_params(stage, frozen, trained, members)
+        merge = whole_params if members else whole_params_in_place
+        return merge(frozen, trained, self.config.lora.scale, members)
 
     def trained(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0) -> dict:
         """What a stage's checkpoint has of a model's parameters: all, or an adapter. As `trained_params` else."""
@@ -282,12 +283,12 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
                 f"follows that{grow}"
             )
         judging[name] = LanguageModel(shape)
-    _check_targets(run)
     if "critique" in config.stages and config.critique.weights:
         with blame("critique.weights"):
             models["reviser"] = LanguageModel(model_config(config.critique.weights))
     if "reward_model" in config.stages and config.reward_model.weights:
         models["reward model"] = _own_reward_model(run)
+    _check_targets(config.lora, models)
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
@@ -297,11 +298,11 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
     return run
 
 
-def _check_targets(run: Run) -> None:
+def _check_targets(lora: LoraConfig, models: Mapping[str, LanguageModel | ScalarModel]) -> None:
     """Raises UserError for adapters to weights that a model does not have."""
-    for name, model in (("policy", run.language_model()), ("reward model", run.reward_model())):
-        missing = set(run.config.lora.targets) - set(FAMILIES[model.config.family].layer)
-        if run.config.lora.rank and missing:
+    for name, model in models.items():
+        missing = set(lora.targets) - set(FAMILIES[model.config.family].layer)
+        if lora.rank and missing and name != "reviser":
             raise UserError(
                 f"config.lora.targets: the {name}, of family {model.config.family}, has no {', '.join(sorted(missing))}"
             )
