@@ -54,7 +54,8 @@ def test_preamble_rest_and_choice_are_the_tokens_of_the_whole_text(judges, layou
                 whole = tokenizer(prompt.text + choice, add_special_tokens=layout is None)["input_ids"]
                 assert [*judge.preamble, *rest, *tokens] == whole
                 assert whole[0] == bos and whole[1:].count(bos) == 0
-    assert ("[INST] Which" in judge.template.asked(PAIRS[0])[0].text) == (layout == LLAMA_2)
+    text = judge.template.asked(PAIRS[0])[0].text
+    assert [role in text for role in ("[INST] Which", " [/INST]The")] == [layout == LLAMA_2] * 2
 
 
 def test_scores_equal_a_plain_forward_pass_of_each_whole_text(judges):
