@@ -13,6 +13,16 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf.Token
 def tokenizer_reader(path, chat_template=None, **fields) -> gguf.GGUFReader:
     """A GGUF file whose metadata are `fields`, by their names after "tokenizer.ggml."; None leaves one out."""
     writer = gguf.GGUFWriter(str(path), "llama")
+    add_tokenizer(writer, fields, chat_template)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.GGUFReader(str(path))
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, fields: dict, chat_template=None) -> None:
+    """Adds the metadata of a tokenizer to a file; the arguments are those of `tokenizer_reader`."""
     for name, value in fields.items():
         if isinstance(value, bool):
             writer.add_bool(f"tokenizer.ggml.{name}", value)
@@ -24,11 +34,6 @@ def tokenizer_reader(path, chat_template=None, **fields) -> gguf.GGUFReader:
             writer.add_array(f"tokenizer.ggml.{name}", value)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return gguf.GGUFReader(str(path))
 
 
 def byte_level_fields(pre: str, added=(("<|end|>", CONTROL),), tokens=("zz",), merges=("z z",), **fields) -> dict:

@@ -9,13 +9,14 @@ import yaml
 from rlaif_jax.data import embedded, tokenizers
 from rlaif_jax.judge.critiques import TEMPLATES
 from rlaif_jax.judge.prompts import load_template
+from tests.gguf_files import add_tokenizer
 from tests.helpers import quickstart_config
 
 WIDTH, HEADS, MLP = 32, 2, 64
 
 
-def write_judge(path, seed: int = 0) -> str:
-    """Writes the file and returns its path. Its tokenizer knows both choices of the default template as one token."""
+def _trained_fields() -> dict:
+    """A tokenizer that knows both choices of the default template as one token."""
     kinds = embedded.KINDS.values()
     texts = [prompt.format(t=topic) for kind in kinds for prompt in kind.prompts for topic in kind.topics]
     tokenizer = tokenizers.train(
@@ -23,6 +24,20 @@ def write_judge(path, seed: int = 0) -> str:
     )
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "token_type": [3 if token.startswith("<|") else 1 for token in tokens],
+        "merges": [" ".join(merge) for merge in model["merges"]],
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+
+
+def write_judge(path, seed: int = 0, fields: dict | None = None, chat_template: str = tokenizers.CHAT_TEMPLATE) -> str:
+    """Writes the file and returns its path. `fields`: of another tokenizer, as for `gguf_files.tokenizer_reader`."""
+    fields = fields or _trained_fields()
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(1)
     writer.add_context_length(2048)
@@ -32,17 +47,10 @@ def write_judge(path, seed: int = 0) -> str:
     writer.add_head_count_kv(HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(tokenizers.CHAT_TEMPLATE)
+    add_tokenizer(writer, fields, chat_template)
     rng = np.random.default_rng(seed)
     shapes = {
-        "token_embd": (len(tokens), WIDTH),
+        "token_embd": (len(fields["tokens"]), WIDTH),
         "blk.0.attn_q": (WIDTH, WIDTH),
         "blk.0.attn_k": (WIDTH, WIDTH),
         "blk.0.attn_v": (WIDTH, WIDTH),

@@ -1,5 +1,6 @@
 """Text to padded token arrays and back."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.layouts import messages
-from rlaif_jax.data.tokenizers import special_tokens
+from rlaif_jax.data.tokenizers import continuation, special_tokens
 from rlaif_jax.errors import UserError
 
 # The day of a prompt must be the same whenever a run goes on: that of Llama 3's template where it can't ask the clock.
@@ -21,16 +22,22 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) ->
     Role tokens that a prompt spells out are read as text. Raises UserError as `chat_text`.
     """
     role = re.compile("(" + "|".join(map(re.escape, special_tokens(tokenizer).values())) + ")")
-    pieces = [role.split(_marked(tokenizer, turns)) for turns in map(messages, prompts)]  # every other one is a role
+    layouts = [role.split(_marked(tokenizer, turns)) for turns in map(messages, prompts)]  # every other one is a role
     contents = [[turn["content"] for turn in messages(prompt)] for prompt in prompts]
-    texts = [_filled(text, content) for parts, content in zip(pieces, contents, strict=True) for text in parts[::2]]
-    tokens = iter(texts_to_tokens(tokenizer, texts))
+    pieces = [
+        [_filled(text, content) for text in layout[::2]] for layout, content in zip(layouts, contents, strict=True)
+    ]
+    first = iter(texts_to_tokens(tokenizer, [texts[0] for texts in pieces]))
+    later = [text for texts in pieces for text in texts[1:]]
+    later = iter(texts_to_tokens(tokenizer, later, continuing=goes_on_after_roles(tokenizer)))
     roles = {token: index for index, token in special_tokens(tokenizer).items()}
-    return [[x for i, part in enumerate(parts) for x in ([roles[part]] if i % 2 else next(tokens))] for parts in pieces]
+    return [
+        [*next(first), *(token for role in layout[1::2] for token in (roles[role], *next(later)))] for layout in layouts
+    ]
 
 
-def chat_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, str]]) -> str:
-    """The turns (`role`, `content`) through the chat template, up to where a reply begins.
+def chat_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, str]], answered: bool = False) -> str:
+    """The turns (`role`, `content`) through the chat template, up to where a reply begins, or `answered` by the last.
 
     Raises UserError for a tokenizer without chat template, and for turns that the template refuses.
     """
@@ -42,7 +49,7 @@ def chat_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, s
     template = tokenizer.get_chat_template()
     template = _NO_CLOCK + template if "strftime_now" in template else template
     # Neither a policy's reply nor a judge's answer begins with thoughts (Qwen 3, SmolLM3); other templates do not ask.
-    asked = {"date_string": _DAY, "enable_thinking": False, "add_generation_prompt": True}
+    asked = {"date_string": _DAY, "enable_thinking": False, "add_generation_prompt": not answered}
     try:
         return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **asked)
     except Exception as error:  # a template is a program, and comes with the model
@@ -60,11 +67,56 @@ def _filled(text: str, contents: Sequence[str]) -> str:
     return re.sub("\0(\\d+)\0", lambda mark: contents[int(mark[1])], text)
 
 
-def texts_to_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, none of them a role token."""
+def texts_to_tokens(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], continuing: bool = False
+) -> list[list[int]]:
+    """The tokens of each text, none of them a role token. continuing: each goes on from a text, and begins none."""
     if not texts:
         return []
+    if continuing and (twin := continuation(tokenizer)):
+        return [found.ids for found in twin.encode_batch(list(texts), add_special_tokens=False)]
     return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@functools.lru_cache(maxsize=8)
+def goes_on_after_roles(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a text after a role token has no blank of SentencePiece's before it, as the tokenizer splits the whole.
+
+    Llama 2's puts one before every such text, later ones ("prepend_scheme": "first") where the whole begins alone.
+    """
+    (text,) = texts_to_tokens(tokenizer, ["a"], continuing=True)
+    return tokenizer(tokenizer.eos_token + "a", add_special_tokens=False)["input_ids"] == [
+        tokenizer.eos_token_id,
+        *text,
+    ]
+
+
+def response_tokens(tokenizer: PreTrainedTokenizerFast, responses: Sequence[str]) -> list[list[int]]:
+    """The tokens of each response as it follows its prompt (`prompt_tokens`), without an end of sequence."""
+    lead, continuing = _before_response(tokenizer)
+    return texts_to_tokens(tokenizer, [lead + response for response in responses], continuing)
+
+
+@functools.lru_cache(maxsize=8)
+def _before_response(tokenizer: PreTrainedTokenizerFast) -> tuple[str, bool]:
+    """The blanks that a chat template writes between a prompt and its response, and whether that goes on from a text.
+
+    Matters where the tokenizer puts a blank before texts of its own: Llama 2's turns are "[INST] a [/INST]" and " b".
+    """
+    if continuation(tokenizer) is None or tokenizer.chat_template is None:
+        return "", True
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "RESPONSE"}]
+    prompt, whole = chat_text(tokenizer, turns[:1]), chat_text(tokenizer, turns, answered=True)
+    lead = whole.removeprefix(prompt).partition("RESPONSE")[0]
+    lead = lead if lead.isspace() else ""
+    return lead, goes_on_after_roles(tokenizer) or not prompt.endswith(tuple(special_tokens(tokenizer).values()))
+
+
+def tokens_to_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+    """What tokens add to a text, the blank included that SentencePiece's decoders leave out where a text begins."""
+    (before,) = texts_to_tokens(tokenizer, ["a"], continuing=True)
+    text = tokenizer.decode([*before, *tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix("a")
 
 
 def encode_prompts(
@@ -96,7 +148,7 @@ def encode_responses(
     Returns (tokens [n, length] int32, mask [n, length] bool). Without `ended` all responses get the token, and one
     that does not fit raises UserError.
     """
-    rows = texts_to_tokens(tokenizer, responses)
+    rows = response_tokens(tokenizer, responses)
     ends = [True] * len(rows) if ended is None else ended
     rows = [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(rows, ends, strict=True)]
     for index, row in enumerate(rows):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data import embedded
 from rlaif_jax.data.embedded import EmbeddedConfig
-from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
+from rlaif_jax.data.encoding import prompt_tokens, response_tokens
 from rlaif_jax.data.layouts import LAYOUTS, Draft, is_unicode, split_dialogues
 from rlaif_jax.data.sources import Malformed, SourceConfig, read
 from rlaif_jax.errors import UserError
@@ -153,7 +153,7 @@ def prepare(
         kept = []
         for row in progress(rows, role[:14], total=len(rows), unit="row"):
             prompt = row.draft.fitted(tokens, max_prompt_length)
-            reply = texts_to_tokens(tokenizer, [row.values["reply"]])[0] if "reply" in row.values else []
+            reply = response_tokens(tokenizer, [row.values["reply"]])[0] if "reply" in row.values else []
             if prompt is None:
                 dropped["prompt too long"] += 1
             elif len(reply) >= max_response_length:

@@ -1,6 +1,7 @@
 """Tokenizers: from a GGUF file's metadata, from a Hugging Face folder, or trained on a corpus."""
 
 import functools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -197,6 +198,42 @@ def end_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     names = {*_END_OF_TURN, getattr(tokenizer, "eot_token", None), getattr(tokenizer, "eom_token", None)}
     turns = {index for index, token in special_tokens(tokenizer).items() if token in names}
     return tuple(sorted({tokenizer.eos_token_id, *turns}))
+
+
+@functools.lru_cache(maxsize=8)
+def continuation(tokenizer: PreTrainedTokenizerFast) -> tokenizers.Tokenizer | None:
+    """A twin that splits what continues a text: without the blank that SentencePiece puts before a text.
+
+    None for a tokenizer that puts none there. The twin reads role tokens as text.
+    """
+    backend = tokenizer.backend_tokenizer
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
+    steps = {name: part and json.loads(part.__getstate__()) for name, part in parts.items()}
+    without = {name: _without_blank(step) for name, step in steps.items()}
+    if without == steps:
+        return None
+    layout = json.loads(backend.to_str()) | without | {"truncation": None, "padding": None}
+    twin = tokenizers.Tokenizer.from_str(json.dumps(layout))
+    twin.encode_special_tokens = True
+    return twin
+
+
+def _without_blank(step: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer as tokenizer.json has it, without what it puts before a text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    if step["type"] == "Sequence":
+        (name,) = step.keys() - {"type"}
+        return step | {name: [kept for each in step[name] if (kept := _without_blank(each))]}
+    return step
+
+
+def beginning(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the tokenizer itself puts before a text: the beginning-of-sequence token of most families, or nothing."""
+    whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return whole[: whole.index(text[0])]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:

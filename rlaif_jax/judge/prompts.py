@@ -11,8 +11,8 @@ import yaml
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.data.encoding import chat_text, texts_to_tokens
-from rlaif_jax.data.tokenizers import special_tokens
+from rlaif_jax.data.encoding import chat_text, goes_on_after_roles, texts_to_tokens
+from rlaif_jax.data.tokenizers import beginning, special_tokens
 from rlaif_jax.errors import UserError
 
 METHODS = ("pairwise", "axes", "rating")
@@ -73,7 +73,7 @@ class Frame(NamedTuple):
     opening: str = ""  # up to the last role token
     before: str = ""
     after: str = ""
-    turn: str = ""  # from the first role token to the last one
+    turn: str = ""  # from the first role token to the last one; "" where a template writes roles as text ("[/INST]")
     reply: str = ""
 
 
@@ -124,12 +124,14 @@ class Template:
 
     def _prompt(self, text: str, ending: str) -> Prompt:
         frame = self.frame
+        if (
+            frame != PLAIN
+        ):  # the ending begins the reply, and has blank lines before it where it follows the text itself
+            ending = ending.lstrip()
+        message = frame.before + self.preamble + text + frame.after
         if not frame.turn:
-            return Prompt("", self.preamble + text + ending, "", "")
-        # The reply begins with the ending, which has blank lines before it where it follows the text itself.
-        return Prompt(
-            frame.opening, frame.before + self.preamble + text + frame.after, frame.turn, frame.reply + ending.lstrip()
-        )
+            return Prompt(frame.opening, message + ending, "", "")
+        return Prompt(frame.opening, message, frame.turn, frame.reply + ending)
 
     @property
     def digest(self) -> str:
@@ -144,13 +146,20 @@ def text_hash(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The tokens of each prompt. Role tokens that a post or a response spells out are read as text, not as roles."""
+def encode(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], continuing: bool = False) -> list[list[int]]:
+    """The tokens of prompts that all have the same opening, or none and then what the tokenizer begins a text with.
+
+    Role tokens that a post or a response spells out are read as text, not as roles. continuing: the prompts are the
+    rest of ones of which all before has been read.
+    """
     roles = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for p in prompts for text in (p[0], p[2])}
-    messages = texts_to_tokens(tokenizer, [prompt.message for prompt in prompts])
-    replies = texts_to_tokens(tokenizer, [prompt.reply for prompt in prompts])
+    begin = [] if continuing else beginning(tokenizer)
+    after_role = goes_on_after_roles(tokenizer)
+    opened = any(prompt.opening for prompt in prompts)
+    messages = texts_to_tokens(tokenizer, [prompt.message for prompt in prompts], after_role if opened else continuing)
+    replies = texts_to_tokens(tokenizer, [prompt.reply for prompt in prompts], after_role)
     return [
-        [*roles[prompt.opening], *message, *roles[prompt.turn], *reply]
+        [*(roles[prompt.opening] or begin), *message, *roles[prompt.turn], *reply]
         for prompt, message, reply in zip(prompts, messages, replies, strict=True)
     ]
 
@@ -162,7 +171,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
     role = re.compile("|".join(map(re.escape, special_tokens(tokenizer).values())))
     opened, closed = list(role.finditer(before)), list(role.finditer(after))
     begin = opened[-1].end() if opened else 0
-    first, last = (closed[0].start(), closed[-1].end()) if closed else (0, 0)
+    first, last = (closed[0].start(), closed[-1].end()) if closed else (len(after), len(after))
     return Frame(before[:begin], before[begin:], after[:first], after[first:last], after[last:])
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from rlaif_jax.data.encoding import texts_to_tokens
+from rlaif_jax.data.encoding import texts_to_tokens, tokens_to_text
 from rlaif_jax.judge.prompts import Template
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.processes import put
@@ -70,7 +70,7 @@ def make_reasoner(
         config.sampler,
         scorer.prefix,
     )
-    verdict = grow(texts_to_tokens(tokenizer, _questions(template)), choices)
+    verdict = grow(texts_to_tokens(tokenizer, _questions(template), continuing=True), choices)
     return Reasoner(sampler, config.samples, tokenizer, template, verdict, choices, seed)
 
 
@@ -105,7 +105,7 @@ def reason(
     )
     key = jax.jit(jax.random.key, out_shardings=whole)(reasoner.seed)
     for row, reply in sample(sampler, prompts, key, row_ids, conclude=conclude):
-        text = reasoner.tokenizer.decode(reply.tokens, skip_special_tokens=True)
+        text = tokens_to_text(reasoner.tokenizer, reply.tokens)
         stops, count = reasoner.template.reasoning.stop, len(reasoner.template.questions)
         scores = sum_by_choice(reply.conclusion, (1 + len(stops)) * count, reasoner.choices)
         found = next((1 + i for i, stop in enumerate(stops) if text.endswith(stop)), 0)

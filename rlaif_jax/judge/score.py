@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import texts_to_tokens
+from rlaif_jax.data.encoding import texts_to_tokens, tokens_to_text
 from rlaif_jax.errors import UserError
 from rlaif_jax.judge.prompts import (
     PLAIN,
@@ -165,7 +165,7 @@ def make_judge(config: JudgeConfig, judge_model: JudgeModel, seed: int, placemen
     tokenizer = judge_model.tokenizer
     frame = chat_frame(tokenizer) if config.prompt.chat else PLAIN
     template = dataclasses.replace(load_template(config.prompt), frame=frame)
-    choices = tuple(tuple(tokens) for tokens in texts_to_tokens(tokenizer, template.choices))
+    choices = tuple(tuple(tokens) for tokens in texts_to_tokens(tokenizer, template.choices, continuing=True))
     if len(set(choices)) < len(choices):
         raise UserError(f"judge template {template.name}: the tokenizer reads two choices as the same tokens")
     preamble = _shared_tokens(tokenizer, template)
@@ -368,8 +368,11 @@ def _suffixes(judge: Judge, prompts: Sequence[Prompt]) -> list[list[int]]:
     count, rests = len(judge.preamble), []
     for prompt, tokens in zip(prompts, encode(judge.tokenizer, prompts), strict=True):
         if tuple(tokens[:count]) != judge.preamble:  # a tokenizer that looks far ahead: the same text, split here
-            message = prompt.message[len(judge.tokenizer.decode(judge.preamble)) - len(prompt.opening) :]
-            (rest,) = encode(judge.tokenizer, [prompt._replace(opening="", message=message)])
+            (opening,) = encode(judge.tokenizer, [prompt._replace(message="", turn="", reply="")])
+            said = tokens_to_text(judge.tokenizer, judge.preamble[len(opening) :])
+            blank = said.startswith(" ") and not prompt.message.startswith(said)  # the tokenizer's own, before the text
+            message = prompt.message[len(said) - blank :]
+            (rest,) = encode(judge.tokenizer, [prompt._replace(opening="", message=message)], continuing=True)
             tokens = [*judge.preamble, *rest]
         rests.append(tokens[count:])
     return rests

@@ -17,7 +17,7 @@ from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import texts_to_tokens
+from rlaif_jax.data.encoding import response_tokens, texts_to_tokens
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.evaluation.statistics import Figure, mean_ci
 from rlaif_jax.files import read_parquet, remove_folder, there, write_json, write_parquet
@@ -98,7 +98,8 @@ def _preamble_and_room(
 ) -> tuple[list[int], int]:
     """The tokens of the worked examples, and how many a prompt may have. Raises UserError where it may have none."""
     config, most = run.config.critique, shape.max_position_embeddings
-    (preamble,) = texts_to_tokens(tokenizer, [template.preamble])
+    (examples,) = texts_to_tokens(tokenizer, [template.preamble])
+    preamble = [*tokenizers.beginning(tokenizer), *examples]
     room = most - len(preamble) - config.max_new_tokens
     if room <= 0:
         raise UserError(
@@ -127,7 +128,8 @@ class _Reviser:
             {"prompt": prompt, "hash": prompt and self.template.hash(prompt), "principle": principle}
             for prompt, principle in zip(prompts, principles, strict=True)
         ]
-        tokens = texts_to_tokens(self.tokenizer, [prompt or "" for prompt in prompts])
+        after_examples = bool(self.template.preamble)
+        tokens = texts_to_tokens(self.tokenizer, [prompt or "" for prompt in prompts], continuing=after_examples)
         skipped = {i for i, row in enumerate(tokens) if prompts[i] is None or len(row) > self.room}
         asked = [[self.tokenizer.eos_token_id] if i in skipped else row for i, row in enumerate(tokens)]
         rows = keep_rows(self.sampler, self.tokenizer, asked, 1, key, folder, self.commit_every, skipped, about)
@@ -214,15 +216,23 @@ def _revise(run: Run, reviser: _Reviser, rows: list[dict], principles: Sequence[
         for i, principle in enumerate(principles)
     ]
     revisions = reviser.write(then_asked, ids, run.key("revisions", number), folder / revision_step)
+    tokenizer = run.tokenizer()
     return [
-        _round(run, principle, critique, revision, texts(row)[-1])
+        _round(run, tokenizer, principle, critique, revision, texts(row)[-1])
         for principle, critique, revision, row in zip(ids, critiques, revisions, rows, strict=True)
     ]
 
 
-def _round(run: Run, principle: str, critique: dict | None, revision: dict | None, before: str) -> dict:
+def _round(
+    run: Run,
+    tokenizer: PreTrainedTokenizerFast,
+    principle: str,
+    critique: dict | None,
+    revision: dict | None,
+    before: str,
+) -> dict:
     if revision and revision["status"] == "ok":
-        (tokens,) = texts_to_tokens(run.tokenizer(), [revision["text"]])
+        (tokens,) = response_tokens(tokenizer, [revision["text"]])
         if len(tokens) >= run.config.policy.max_response_length:
             revision = revision | {"status": "too_long"}
     status = f"revision_{revision['status']}" if revision else f"critique_{critique['status']}"

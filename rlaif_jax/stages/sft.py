@@ -9,7 +9,7 @@ import optax
 
 from rlaif_jax.config import SFTConfig, TrainingConfig
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
+from rlaif_jax.data.encoding import prompt_tokens, response_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
 from rlaif_jax.data.prepare import load, prepare, training_texts
 from rlaif_jax.models.lora import joined, start
@@ -88,7 +88,7 @@ def demonstrations(run: Run) -> dict[str, list]:
 def packed_replies(run: Run, columns: dict[str, list]) -> list[list[Example]]:
     """The examples of columns `prompt` and `reply` that share a row of SFT, in a shuffled order that is the run's."""
     tokenizer = run.tokenizer()
-    prompts, replies = prompt_tokens(tokenizer, columns["prompt"]), texts_to_tokens(tokenizer, columns["reply"])
+    prompts, replies = prompt_tokens(tokenizer, columns["prompt"]), response_tokens(tokenizer, columns["reply"])
     examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
     return packed(examples, run.config.sft, run.order_seed("packing"))
 

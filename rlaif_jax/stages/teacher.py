@@ -6,7 +6,7 @@
 import pyarrow as pa
 
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import prompt_tokens, texts_to_tokens
+from rlaif_jax.data.encoding import prompt_tokens, response_tokens
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import read_parquet, remove_folder, there, write_parquet
 from rlaif_jax.sampling.continuous import Sampler
@@ -34,7 +34,7 @@ def _taught(run: Run) -> dict[str, list]:
     asked = prompt_tokens(tokenizer, [config.prompt.replace("{prompt}", prompt) for prompt in prompts])
     sampler, folder = _sampler(run, tokenizer), run.folder("sft") / "teacher"
     rows = keep_rows(sampler, tokenizer, asked, 1, run.key("teacher"), folder, config.commit_every)
-    lengths = [len(tokens) for tokens in texts_to_tokens(run.tokenizer(), [rows[i]["text"] for i in range(len(rows))])]
+    lengths = [len(tokens) for tokens in response_tokens(run.tokenizer(), [rows[i]["text"] for i in range(len(rows))])]
     usable = [i for i, length in enumerate(lengths) if rows[i]["ended"] and 0 < length < policy.max_response_length]
     print(f"teacher: {len(usable)} of {len(prompts)} replies are short enough to learn from", flush=True)
     if not usable:

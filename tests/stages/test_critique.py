@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ from rlaif_jax.main import main
 from rlaif_jax.stages import critique, replies
 from rlaif_jax.stages import run as runs
 from rlaif_jax.stages.run import open_run
+from tests.gguf_files import sentencepiece_fields, sentencepiece_reference, tokenizer_reader
 from tests.helpers import eight_device_mesh, one_device_mesh, quickstart_config
 from tests.tiny_judge import constitutional_flags, write_judge
 
@@ -214,6 +216,23 @@ def test_what_follows_a_stop_text_is_nobodys_reply_even_at_the_beginning(written
     reviser = critique._Reviser(template, tokenizer, None, 0, 0)
     row = reviser._written("p", {"tokens": tokens, "text": written.strip(), "ended": True})
     assert (row["text"], row["status"]) == (text, "ok" if text else "empty")
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_examples_and_prompt_are_the_tokens_of_the_whole_text(tmp_path, monkeypatch, kind, shots):
+    fields = sentencepiece_fields(sentencepiece_reference()[kind])
+    tokenizer = tokenizers.from_gguf(tokenizer_reader(tmp_path / "tokenizer.gguf", **fields))
+    run = SimpleNamespace(config=SimpleNamespace(critique=SimpleNamespace(max_new_tokens=10, shots=shots)))
+    template = load_critique_template("dialogue", shots, revise_only=False)
+    shape = SimpleNamespace(max_position_embeddings=9000)
+    preamble, room = critique._preamble_and_room(run, template, tokenizer, shape)
+    asked = []
+    monkeypatch.setattr(critique, "keep_rows", lambda *given: asked.extend(given[2]) or {})
+    prompt = template.critique_prompt("How do I cook rice?", "Wash it.", "Is it good?")
+    critique._Reviser(template, tokenizer, None, room, 1).write([prompt], ["one"], None, None)
+    assert preamble + asked[0] == tokenizer(template.preamble + prompt)["input_ids"]
+    assert preamble[0] == tokenizer.bos_token_id
 
 
 @pytest.mark.slow
