@@ -103,8 +103,7 @@ run_once() {
       [ "$status" = 75 ] || end_all TERM  # with 75 they are saving, and a second SIGTERM would kill them
     fi
     if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then end_all KILL; fi
-    sleep 0.1 &  # of one in the foreground that has just ended, bash takes a Ctrl-C for its own and forgets it
-    wait "$!" || true
+    sleep 0.1 || true
   done 3>&2 2>/dev/null  # where bash would report who was killed
 }
 

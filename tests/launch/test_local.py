@@ -102,7 +102,9 @@ def test_a_signal_to_the_whole_group_comes_once_and_leaves_nothing_behind(launch
     save += "until [ ${told-} ]; do sleep 0.05; done; for i in {1..10}; do sleep 0.05; done; echo saved; exit 75"
     command = ["bash", LOCAL, "2", "bash", "-c", save, "-", str(launcher.state / "pid")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=launcher.env, start_new_session=True, **pipes)
+    # Where the tests run in the background Ctrl-C is ignored, and bash can't trap what it has inherited as ignored.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, cwd=ROOT, env=launcher.env, start_new_session=True, preexec_fn=heard, **pipes)
     files = [launcher.state / f"pid{i}" for i in range(2)]
     while not all(file.exists() for file in files):
         time.sleep(0.05)

@@ -239,7 +239,7 @@ def test_parameters_that_wait_in_host_memory_change_nothing(finished, monkeypatc
         run = dataclasses.replace(run, config=override(run.config, {"mesh.offload": offload}))
         with jax.set_mesh(run.placement.mesh):
             rl.run_rl(run)
-    assert waited == [{"device"}] * 2 + [{"pinned_host"}] * 2
+    assert waited == [{"device"}] * 3 + [{"pinned_host"}] * 3  # policy and value network begin, then a rollout
     assert metrics[0] == metrics[1]
 
 

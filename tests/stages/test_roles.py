@@ -200,12 +200,12 @@ def test_the_reward_model_begins_with_the_head_of_its_weights(models, tmp_path):
         config = override(quickstart_config(), {"reward_model.weights": models[name]})
         run = Run(config, epath.Path(tmp_path), one_device())
         with jax.set_mesh(run.placement.mesh):
-            begin = run.start_reward_params()
+            begin = run.base_params("reward_model")
         assert set(begin) == parts
     head = families.weight("score.weight", (1, 32))
     with jax.set_mesh(run.placement.mesh):
         found = dataclasses.replace(run, config=override(config, {"reward_model.weights": models["reward"]}))
-        np.testing.assert_array_equal(found.start_reward_params()["kernel"], head.T)
+        np.testing.assert_array_equal(found.base_params("reward_model")["kernel"], head.T)
 
 
 def test_only_what_has_ended_gets_an_end_and_what_is_cut_is_known(models):
