@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data.layouts import messages
-from rlaif_jax.data.tokenizers import continuation, special_tokens
+from rlaif_jax.data.tokenizers import continuation, end_tokens, special_tokens
 from rlaif_jax.errors import UserError
 
 # The day of a prompt must be the same whenever a run goes on: that of Llama 3's template where it can't ask the clock.
@@ -43,8 +43,8 @@ def chat_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Mapping[str, s
     """
     if tokenizer.chat_template is None:
         raise UserError(
-            "the tokenizer has no chat template: use the weights of an instruction-tuned model, or for a judge that "
-            "is none judge.prompt.chat=False"
+            "the tokenizer has no chat template: use the weights of an instruction-tuned model, give its "
+            "tokenizer_config.json a chat_template, or for a judge that is none set judge.prompt.chat=False"
         )
     template = tokenizer.get_chat_template()
     template = _NO_CLOCK + template if "strftime_now" in template else template
@@ -119,6 +119,18 @@ def tokens_to_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) ->
     return text.removeprefix("a")
 
 
+def end_of_reply(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that ends a reply: what the chat template puts there, which for Gemma is not the end of sequence."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\0"}]
+    try:
+        after = chat_text(tokenizer, turns, answered=True).rpartition("\0")[2]
+    except UserError:  # the template of a judge that writes no replies
+        after = ""
+    ends, special = end_tokens(tokenizer), special_tokens(tokenizer)
+    found = {after.index(special[index]): index for index in ends if index in special and special[index] in after}
+    return found[min(found)] if found else tokenizer.eos_token_id
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, of: str = "policy"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +162,8 @@ def encode_responses(
     """
     rows = response_tokens(tokenizer, responses)
     ends = [True] * len(rows) if ended is None else ended
-    rows = [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(rows, ends, strict=True)]
+    last = end_of_reply(tokenizer)
+    rows = [[*row, last] if end else row for row, end in zip(rows, ends, strict=True)]
     for index, row in enumerate(rows):
         if len(row) > length and ended is None:
             raise UserError(

@@ -9,6 +9,7 @@ from etils import epath
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rlaif_jax.config import Config
+from rlaif_jax.data.encoding import end_of_reply
 from rlaif_jax.data.tokenizers import end_tokens, special_tokens
 from rlaif_jax.errors import UserError
 from rlaif_jax.files import file_hash, new_folder, read_json
@@ -151,9 +152,8 @@ def _reward_model(run: Run, name: str, member: int) -> _Exported:
     config = run.config.reward_model
     which = f": member {member} of {config.members}" if config.members > 1 else ""
     which = f": the average of {config.members} members" if config.combine == "weights" else which
-    text = _REWARD_MODEL.format(
-        stage=name, member=which, eos=tokenizer.eos_token, offset=offset, pad=pad, unknowing=unknowing
-    )
+    eos = tokenizer.convert_ids_to_tokens(end_of_reply(tokenizer))
+    text = _REWARD_MODEL.format(stage=name, member=which, eos=eos, offset=offset, pad=pad, unknowing=unknowing)
     return _Exported(run.reward_model().config, parameters, tokenizer, {"reward_offset": offset}, text)
 
 

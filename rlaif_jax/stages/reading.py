@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import encode_prompts, encode_responses, prompt_tokens
+from rlaif_jax.data.encoding import encode_prompts, encode_responses, end_of_reply, prompt_tokens
 from rlaif_jax.data.prepare import COLUMNS
 from rlaif_jax.errors import UserError, blame
 from rlaif_jax.stages.run import Run
@@ -37,7 +37,7 @@ class Reader:
 
     def cut(self, sequences: Sequences, ended: Sequence[bool]) -> np.ndarray:
         """[n] bool: which responses that ended were too long, so that their end is missing."""
-        full = sequences.response_mask[:, -1] & (sequences.responses[:, -1] != self.tokenizer.eos_token_id)
+        full = sequences.response_mask[:, -1] & (sequences.responses[:, -1] != end_of_reply(self.tokenizer))
         return full & np.asarray(ended, bool)
 
 

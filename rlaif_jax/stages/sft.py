@@ -9,7 +9,7 @@ import optax
 
 from rlaif_jax.config import SFTConfig, TrainingConfig
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import prompt_tokens, response_tokens
+from rlaif_jax.data.encoding import end_of_reply, prompt_tokens, response_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
 from rlaif_jax.data.prepare import load, prepare, training_texts
 from rlaif_jax.models.lora import joined, start
@@ -89,7 +89,8 @@ def packed_replies(run: Run, columns: dict[str, list]) -> list[list[Example]]:
     """The examples of columns `prompt` and `reply` that share a row of SFT, in a shuffled order that is the run's."""
     tokenizer = run.tokenizer()
     prompts, replies = prompt_tokens(tokenizer, columns["prompt"]), response_tokens(tokenizer, columns["reply"])
-    examples = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, replies, strict=True)]
+    last = end_of_reply(tokenizer)
+    examples = [(prompt, [*reply, last]) for prompt, reply in zip(prompts, replies, strict=True)]
     return packed(examples, run.config.sft, run.order_seed("packing"))
 
 

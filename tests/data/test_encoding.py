@@ -1,8 +1,10 @@
+import copy
+
 import numpy as np
 import pytest
 
 from rlaif_jax.data import tokenizers
-from rlaif_jax.data.encoding import decode_responses, encode_prompts, encode_responses
+from rlaif_jax.data.encoding import chat_text, decode_responses, encode_prompts, encode_responses, end_of_reply
 from rlaif_jax.errors import UserError
 
 TEXTS = ["How are you?", "I am fine, thank you for asking!"]
@@ -72,3 +74,29 @@ def test_a_response_that_ended_and_does_not_fit_is_an_error_that_names_it():
         UserError, match=rf"response 1 has {length} tokens.*max_response_length={length - 1}.*I am fine"
     ):
         encode_responses(TOKENIZER, TEXTS, length - 1)
+
+
+def with_template(template):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + 'END' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "token"), [("<end_of_turn>\n", "<end_of_turn>"), ("<|end|><end_of_turn>", "<|end|>"), (" Bye.", "<|end|>")]
+)
+def test_a_reply_ends_with_what_the_template_puts_there_or_else_at_the_end_of_sequence(end, token):
+    tokenizer = with_template(TURNS.replace("END", end))
+    last = tokenizer.convert_tokens_to_ids(token)
+    assert end_of_reply(tokenizer) == last
+    tokens, mask = encode_responses(tokenizer, TEXTS, 40)
+    assert all(row[real][-1] == last for row, real in zip(tokens, mask, strict=True))
+
+
+def test_a_template_is_asked_for_no_thoughts_and_has_no_clock():
+    template = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{{ enable_thinking }}{{ date_string }}"
+    assert chat_text(with_template(template), [{"role": "user", "content": "a"}]) == "26 Jul 2024False26 Jul 2024"
