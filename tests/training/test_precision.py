@@ -11,7 +11,8 @@ import pytest
 from rlaif_jax.data.packing import lay_out
 from rlaif_jax.losses.logprobs import entropy_and_kl, token_logprobs
 from rlaif_jax.models.parameters import place_parameters
-from rlaif_jax.models.transformer import LanguageModel, look_up, project
+from rlaif_jax.models.products import look_up, project
+from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import make_mesh, shard_batch
 from rlaif_jax.training.packed import sft_loss
 from tests.helpers import axes, eight_devices, random_params, tiny
