@@ -1,4 +1,4 @@
-"""Products with weights and rows of embeddings, in the dtype of the computation, with gradients that are float32 sums."""
+"""Products with weights and rows of embeddings, in the dtype of the computation; their gradients are float32 sums."""
 
 import functools
 import math
