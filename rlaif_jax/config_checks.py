@@ -517,6 +517,9 @@ def check_decoder(model: ModelConfig, prompt_and_response: int) -> None:
     kv_heads = model.num_key_value_heads
     _require(flat, "*.num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", lambda x: (
         x % kv_heads == 0))  # fmt: skip
+    if FAMILIES[model.family].fused:
+        same = f"num_attention_heads, as in all models of {model.family}"
+        _require(flat, "*.num_key_value_heads", same, lambda x: x == model.num_attention_heads)
     _require(flat, "*.head_dim", "even", lambda x: x % 2 == 0)
     _require(flat, "*.max_position_embeddings", f"at least max_prompt_length + max_response_length of the policy, "
              f"{prompt_and_response}", lambda x: x >= prompt_and_response)  # fmt: skip

@@ -111,8 +111,10 @@ def _model(workdir: epath.Path, out: epath.Path, options: flags.FlagValues) -> N
     check_stage(run, options.stage, options.member)
     title = options.name or f"{workdir.name} {options.stage}"
     if options.adapter:
+        if options.dtype:
+            raise UserError("--dtype is for whole models: an adapter is written as it was trained, in float32")
         check_adapter(run, options.stage)
-        return export_adapter(run, options.stage, out, title)
+        return export_adapter(run, options.stage, out, options.license, title)
     export_model(run, options.stage, out, options.dtype or "float32", options.member, options.license, title)
 
 

@@ -50,7 +50,7 @@ def open_reader(file: epath.Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(str(file))
     except Exception as error:  # gguf raises whatever its parser stumbles over
-        raise UserError(f"{file} is not a readable GGUF file: {error!r}".replace("\n", " ")) from error
+        raise UserError(f"{file} is not a readable GGUF file, or cut short: {error!r}".replace("\n", " ")) from error
 
 
 def open_file(file: epath.Path):

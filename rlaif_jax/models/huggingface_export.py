@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -138,19 +139,22 @@ def write_weights(folder: epath.Path, config: ModelConfig, parameters, dtype: st
             if processes.first():
                 arrays[name] = array
         if processes.first():
-            _save(folder / file, arrays)
+            save_tensors(folder / file, arrays)
         files |= dict.fromkeys(names, file)
     if len(shards) > 1 and processes.first():
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _save(file: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes one file. Raises OSError where there is no room."""
+def save_tensors(file: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes one file, with the permissions of any other. Raises OSError where there is no room."""
+    file.touch()
+    mode = os.stat(file).st_mode
     try:
         save_file(dict(arrays), str(file), metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    os.chmod(file, mode)
 
 
 def stored_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:

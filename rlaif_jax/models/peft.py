@@ -6,13 +6,15 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from rlaif_jax.errors import UserError
 from rlaif_jax.models.families import FAMILIES
-from rlaif_jax.models.layouts import in_our_layout
+from rlaif_jax.models.huggingface_export import save_tensors
+from rlaif_jax.models.layouts import fits, in_our_layout
 from rlaif_jax.models.lora import TARGETS, LoraConfig
-from rlaif_jax.models.transformer import ModelConfig
+from rlaif_jax.models.parameters import parameter_shapes
+from rlaif_jax.models.transformer import LanguageModel, ModelConfig
 from rlaif_jax.models.weights import Weights
 
 _CONFIG, _TENSORS, _BEGINNING = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -25,6 +27,9 @@ _PLAIN = {
     "modules_to_save": (None, []),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base, too
 }
 
 
@@ -44,9 +49,16 @@ def with_adapter(weights: Weights, folder: str) -> Weights:
     unknown = sorted(modules - set(names))
     if unknown:
         raise UserError(f"{path} adapts {unknown[0]}, which {weights.path} ({config.family}) does not have")
+    expected = parameter_shapes(LanguageModel(config))
     pairs = {f"{module}.lora_{letter}.weight" for module in modules for letter in "AB"}
     if set(tensors) != pairs:
         raise UserError(f"{path}/{_TENSORS} does not have both matrices of {sorted(set(tensors) ^ pairs)[0]}")
+    for module, (name, _) in names.items():
+        if module in modules:
+            a, b = (tensors[f"{module}.lora_{letter}.weight"].shape for letter in "AB")
+            stored = (a[-1], b[0]) if family.transposed else (b[0], a[-1])
+            if (len(a), len(b)) != (2, 2) or a[0] != b[1] or not fits(name, stored, config, expected[name]):
+                raise UserError(f"{path}: {module} of {list(a)} and {list(b)} does not fit {weights.path}")
 
     def read(name: str, layer: int) -> np.ndarray:
         weight, module = weights.read(name, layer), _module(config, name, layer) if name in TARGETS else None
@@ -54,12 +66,8 @@ def with_adapter(weights: Weights, folder: str) -> Weights:
             return weight
         a, b = (tensors[f"{module}.lora_{letter}.weight"].astype(np.float32) for letter in "AB")
         scale = fields["lora_alpha"] / (len(a) ** 0.5 if fields.get("use_rslora") else len(a))
-        try:
-            change = scale * b @ a
-            change = in_our_layout(name, change.T if family.transposed else change, config)
-            return weight.astype(np.float32) + change
-        except ValueError as error:
-            raise UserError(f"{path}: {module} does not fit {weights.path}: {error}") from error
+        change = scale * b @ a
+        return weight.astype(np.float32) + in_our_layout(name, change.T if family.transposed else change, config)
 
     return weights._replace(read=read, files=(*weights.files, path / _CONFIG, path / _TENSORS))
 
@@ -74,6 +82,8 @@ def _read(path: epath.Path) -> tuple[dict, dict[str, np.ndarray]]:
         tensors = load_file(str(path / _TENSORS))
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}/{_CONFIG} is no config of an adapter")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}/{_CONFIG} is of peft_type={config.get('peft_type')!r}; only LORA is known")
     for name, plain in _PLAIN.items():
@@ -103,7 +113,7 @@ def write_adapter(adapter: Mapping, config: ModelConfig, lora: LoraConfig, base:
             a, b, module = matrices["a"][layer], matrices["b"][layer], _module(config, name, layer)
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
-    save_file(tensors, str(folder / _TENSORS), metadata={"format": "pt"})
+    save_tensors(folder / _TENSORS, tensors)
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

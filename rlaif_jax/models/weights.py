@@ -53,6 +53,8 @@ def resolve(path: str) -> epath.Path:
         raise UserError(
             f"no model at {path}: name a GGUF file, or a Hugging Face folder (hf download ID --local-dir=DIR makes one)"
         )
+    if file.suffix == ".safetensors":
+        raise UserError(f"{path} is a file of a Hugging Face folder: name the folder")
     return file
 
 
@@ -88,6 +90,8 @@ def load_parameters(weights: Weights, abstract, dtype: str = "float32", shuffle_
     abstract: of `abstract_parameters`, or a part of that tree. shuffle_seed: permutes the entries of every matrix: a
     model of the same statistics that knows nothing.
     """
+    if "kernel" in weights.names and "kernel" not in abstract:
+        raise UserError(f"{weights.path} is a reward model, which writes nothing: name a language model")
     read = weights.read if shuffle_seed is None else _shuffled(weights.read, shuffle_seed)
 
     def load(path, abstract: jax.ShapeDtypeStruct) -> jax.Array:

@@ -11,10 +11,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from rlaif_jax.config import Config
 from rlaif_jax.data.encoding import end_of_reply
 from rlaif_jax.data.tokenizers import end_tokens, special_tokens
-from rlaif_jax.errors import UserError
+from rlaif_jax.errors import UserError, blame
 from rlaif_jax.files import file_hash, new_folder, read_json
 from rlaif_jax.models.huggingface_export import huggingface_config, write_weights
 from rlaif_jax.models.transformer import ModelConfig
+from rlaif_jax.models.weights import weights_hash
 from rlaif_jax.parallel import processes
 from rlaif_jax.stages.folders import all_stages, in_round, record_file
 from rlaif_jax.stages.pipeline import is_done
@@ -76,6 +77,7 @@ def check_stage(run: Run, name: str, member: int | None) -> None:
         raise UserError(f"--stage={name} {what} {those}; labels can be exported, too")
     if not is_done(run, name):
         raise UserError(f"stage {name} has not finished in {run.workdir}: run --stages={name} to its end")
+    _check_beginnings(run, name)
     if in_round(name)[0] != "reward_model":
         if member is not None:
             raise UserError(f"--member={member} is for reward models; stage {name} trains one policy")
@@ -89,6 +91,18 @@ def check_stage(run: Run, name: str, member: int | None) -> None:
         )
     if member is not None and member >= count:
         raise UserError(f"--member={member}: the reward model has {count} to export, --member=0 to {count - 1}")
+
+
+def _check_beginnings(run: Run, name: str) -> None:
+    """Raises UserError where the weights that a run began with are gone, or others by now."""
+    recorded = read_json(run.record(name))["config"]
+    for field, config in (("policy", run.config.policy), ("reward_model", run.config.reward_model)):
+        known = recorded.get(f"{field}.weights_hash")
+        if not config.weights or known is None:
+            continue
+        with blame(f"{field}.weights"):
+            if weights_hash(config.weights) != known:
+                raise UserError(f"{config.weights} holds other weights than those that stage {name} began with")
 
 
 def export_model(
@@ -153,7 +167,7 @@ def _reward_model(run: Run, name: str, member: int) -> _Exported:
     which = f": member {member} of {config.members}" if config.members > 1 else ""
     which = f": the average of {config.members} members" if config.combine == "weights" else which
     eos = tokenizer.convert_ids_to_tokens(end_of_reply(tokenizer))
-    text = _REWARD_MODEL.format(stage=name, member=which, eos=eos, offset=offset, pad=pad, unknowing=unknowing)
+    text = _REWARD_MODEL.format(stage=name, member=which, eos=eos, offset=offset + 0.0, pad=pad, unknowing=unknowing)
     return _Exported(run.reward_model().config, parameters, tokenizer, {"reward_offset": offset}, text)
 
 

@@ -11,15 +11,21 @@ from rlaif_jax.parallel import processes
 from rlaif_jax.stages.folders import in_round, name_in_round
 from rlaif_jax.stages.run import Run
 
-_CARD = """# {name}
+_CARD = """---
+license: {license}
+library_name: peft
+tags: [rlaif]
+---
 
-The LoRA adapter of stage `{stage}` of a run of rlaif_jax, to {base}.
+# {name}
+
+The LoRA adapter of stage `{stage}` of a run of rlaif_jax, to `{base}`: name that model, or the folder of its export.
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "DIR")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "DIR")
 ```
 """
 
@@ -33,7 +39,7 @@ def check_adapter(run: Run, name: str) -> None:
         raise UserError(f"stage {name} has trained all weights (config.lora), and no adapter: leave --adapter out")
 
 
-def export_adapter(run: Run, name: str, out: epath.Path, title: str) -> None:
+def export_adapter(run: Run, name: str, out: epath.Path, license_id: str, title: str) -> None:
     """Writes the adapter of a stage to `out`, whole or not at all.
 
     Where the stages before it have trained adapters, too, it is all of theirs side by side: their products add up.
@@ -58,7 +64,7 @@ def export_adapter(run: Run, name: str, out: epath.Path, title: str) -> None:
 
     def write() -> None:
         write_adapter(joined, run.language_model().config, whole, base, folder)
-        (folder / "README.md").write_text(_CARD.format(name=title, stage=name, base=f"`{base}`"))
+        (folder / "README.md").write_text(_CARD.format(name=title, stage=name, base=base, license=license_id))
 
     with new_folder(out) as folder:
         processes.agree(write)

@@ -265,7 +265,13 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
     _check_gold(config, workdir)
     with blame("policy.weights"):
         policy = run.model_config()
-    check_decoder(policy, config.policy.max_prompt_length + config.policy.max_response_length)
+    longest, room = sum(config.policy.lengths), policy.max_position_embeddings
+    if config.policy.weights and longest > room:
+        raise UserError(
+            f"config.policy: max_prompt_length + max_response_length, {longest}, is more than the {room} tokens "
+            f"(max_position_embeddings) that {config.policy.weights} can read: lower them"
+        )
+    check_decoder(policy, longest)
     models, judging = {"policy": run.language_model()}, {}
     judges = {name: (f"{name}.weights", judge.weights, judge.max_length) for name, judge in config.judges.items()}
     if config.rl.gold.judge and config.rl.gold.judge_weights:
@@ -288,7 +294,7 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
             models["reviser"] = LanguageModel(model_config(config.critique.weights))
     if "reward_model" in config.stages and config.reward_model.weights:
         models["reward model"] = _own_reward_model(run)
-    _check_targets(config.lora, models)
+    _check_targets(run, models)
     for name, model in models.items():
         with blame(f"mesh does not fit the {name}"):
             run.placement.parameters(model)
@@ -298,13 +304,16 @@ def open_run(config: Config, workdir: epath.Path, devices: Sequence | None = Non
     return run
 
 
-def _check_targets(lora: LoraConfig, models: Mapping[str, LanguageModel | ScalarModel]) -> None:
+def _check_targets(run: Run, models: Mapping[str, LanguageModel | ScalarModel]) -> None:
     """Raises UserError for adapters to weights that a model does not have."""
-    for name, model in models.items():
-        missing = set(lora.targets) - set(FAMILIES[model.config.family].layer)
-        if lora.rank and missing and name != "reviser":
+    for name, stages in {"policy": set(run.config.stages) - {"reward_model"}, "reward model": {"reward_model"}}.items():
+        if name not in models or not any(map(run.lora, stages)):
+            continue
+        family = models[name].config.family
+        missing = sorted(set(run.config.lora.targets) - set(FAMILIES[family].layer))
+        if missing:
             raise UserError(
-                f"config.lora.targets: the {name}, of family {model.config.family}, has no {', '.join(sorted(missing))}"
+                f"config.lora.targets: the {name}, of family {family}, has no {', '.join(missing)}: leave it out"
             )
 
 

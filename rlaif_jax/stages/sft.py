@@ -12,6 +12,7 @@ from rlaif_jax.data import tokenizers
 from rlaif_jax.data.encoding import end_of_reply, prompt_tokens, response_tokens
 from rlaif_jax.data.packing import Example, lay_out, pack
 from rlaif_jax.data.prepare import load, prepare, training_texts
+from rlaif_jax.errors import blame
 from rlaif_jax.models.lora import joined, start
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel import processes
@@ -119,7 +120,9 @@ def _prepare_data(run: Run) -> None:
         return
     policy, data, seed = run.config.policy, run.config.data, run.config.seed
     if policy.weights:
-        tokenizer = tokenizers.from_weights(policy.weights)
+        with blame("policy.weights"):
+            tokenizer = tokenizers.from_weights(policy.weights)
+            prompt_tokens(tokenizer, ["a"])  # through its chat template
     else:
         demonstrations, _ = load(data, "demonstrations", seed)
         tokenizer = tokenizers.train(training_texts(demonstrations), policy.model.vocab_size)
