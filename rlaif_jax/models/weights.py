@@ -106,7 +106,8 @@ def load_parameters(weights: Weights, abstract, dtype: str = "float32", shuffle_
             leaf = _written(leaf, _put(functools.partial(read, name, layer), of_layer), np.int32(layer))
         return leaf
 
-    return jax.tree_util.tree_map_with_path(load, abstract)
+    with jax.set_mesh(jax.tree.leaves(abstract)[0].sharding.mesh):  # a judge's is not that of the stage which loads it
+        return jax.tree_util.tree_map_with_path(load, abstract)
 
 
 def _put(read: Callable[[], np.ndarray], abstract: jax.ShapeDtypeStruct) -> jax.Array:
