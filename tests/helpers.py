@@ -180,3 +180,15 @@ def one_reward_model(params) -> RewardModel:
     """Of one member, whose rewards count as they are."""
     members = jax.tree.map(lambda x: x[None], params)
     return RewardModel(members, jnp.zeros(1), jnp.float32(0), jnp.float32(1), "mean", 0.0)
+
+
+def stand_in_for_cudnn(monkeypatch) -> list[str]:
+    """Without a GPU, XLA stands in for cuDNN behind the same call. Returns the list that each call adds itself to."""
+    called, dot_product_attention = [], jax.nn.dot_product_attention
+
+    def by_xla(*args, implementation, **kwargs):
+        called.append(implementation)
+        return dot_product_attention(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    return called

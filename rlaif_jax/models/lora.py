@@ -126,6 +126,5 @@ def _whole(frozen: dict, trained: dict, scale: float, members: int = 0) -> dict:
 
 
 whole_params = jax.jit(_whole, static_argnames=("scale", "members"))
-whole_params_in_place = jax.jit(
-    _whole, static_argnames=("scale", "members"), donate_argnames="frozen"
-)  # of no more use
+# Where nobody needs what was frozen any more.
+whole_params_in_place = jax.jit(_whole, static_argnames=("scale", "members"), donate_argnames="frozen")

@@ -300,9 +300,9 @@ class Decoder(nn.Module):
         x = constrain(self._embed(tokens, context.positions), "batch", "length", None, odd=odd)
         layer = nn.remat(Layer, prevent_cse=not self.scan_layers, policy=REMAT[c.remat])
         prefixed = tuple(prefix.layers for prefix in prefixes)
-        kinds = [layer_kind(c, number, window) for number in range(c.num_hidden_layers)]
+        numbers, alike = range(c.num_hidden_layers), _one_kind(c)
+        kinds = [layer_kind(c, 0, window)] * len(numbers) if alike else [layer_kind(c, i, window) for i in numbers]
         if self.scan_layers:
-            alike = _one_kind(c)
             scanned = nn.scan(
                 layer,
                 variable_axes={"params": 0},

@@ -153,10 +153,8 @@ class Run:
 
     def _reward_params(self) -> dict:
         """Those of weights of its own, with a head where they have one."""
-        found, abstract = (
-            open_weights(self.config.reward_model.weights),
-            abstract_parameters(self.reward_model(), self.placement),
-        )
+        found = open_weights(self.config.reward_model.weights)
+        abstract = abstract_parameters(self.reward_model(), self.placement)
         return load_parameters(found, {name: x for name, x in abstract.items() if name in {"decoder", *found.names}})
 
     def trained_params(self, stage: str, model: LanguageModel | ScalarModel, members: int = 0, iteration: int = 0):

@@ -7,7 +7,15 @@ from rlaif_jax.models import attention
 from rlaif_jax.models.attention import Block, attend, choose_implementation
 from rlaif_jax.models.transformer import LanguageModel
 from rlaif_jax.parallel.mesh import make_mesh
-from tests.helpers import assert_trees_close, axes, eight_device_mesh, random_params, random_tokens, tiny
+from tests.helpers import (
+    assert_trees_close,
+    axes,
+    eight_device_mesh,
+    random_params,
+    random_tokens,
+    stand_in_for_cudnn,
+    tiny,
+)
 
 RNG = np.random.default_rng(0)
 BATCH, LENGTH, HEADS, KV_HEADS, DIM = 4, 6, 4, 2, 8
@@ -88,15 +96,7 @@ def test_splash_attention_equals_the_plain_path_in_states_and_gradients_on_any_m
 
 
 def test_the_fused_kernels_interface_computes_what_the_plain_path_does(monkeypatch):
-    # Without a GPU, XLA stands in for cuDNN behind the same call of jax.nn.dot_product_attention.
-    called = []
-
-    def by_xla(*args, implementation, **kwargs):
-        called.append(implementation)
-        return dot_product_attention(*args, implementation="xla", **kwargs)
-
-    dot_product_attention = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    called = stand_in_for_cudnn(monkeypatch)
     query = normal(BATCH, LENGTH, HEADS, DIM)
     mask = np.tril(np.ones((LENGTH, LENGTH), bool))[None].repeat(BATCH, axis=0)
     own = Block(normal(BATCH, LENGTH, KV_HEADS, DIM), normal(BATCH, LENGTH, KV_HEADS, DIM), mask)

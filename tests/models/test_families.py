@@ -22,7 +22,7 @@ from rlaif_jax.models.transformer import LanguageModel, next_token_logits, unemb
 from rlaif_jax.models.weights import load_parameters, open_weights
 from rlaif_jax.parallel.mesh import make_mesh, shard_batch
 from rlaif_jax.sampling.decode import prefill
-from tests.helpers import assert_trees_close, axes, one_device
+from tests.helpers import assert_trees_close, axes, one_device, stand_in_for_cudnn
 from tests.reference import families, make_families_reference
 
 ATTENTION = {"gpt2": "transformer.h.1.attn.c_attn.weight"}
@@ -216,14 +216,7 @@ def test_kernels_leave_windows_and_soft_caps_to_the_plain_path(case):
 
 @pytest.mark.parametrize("case", ["mistral", "gemma2"], indirect=True)
 def test_the_fused_kernel_gets_the_window_and_no_soft_cap(case, monkeypatch):
-    called = []
-
-    def by_xla(*args, implementation, **kwargs):
-        called.append(implementation)
-        return dot_product_attention(*args, implementation="xla", **kwargs)
-
-    dot_product_attention = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    called = stand_in_for_cudnn(monkeypatch)
     name, model, params = case
     fused = LanguageModel(dataclasses.replace(model.config, attention="cudnn"))
     found = logits_of((name, fused, params), TOKENS)
