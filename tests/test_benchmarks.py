@@ -52,6 +52,6 @@ def test_loading_a_folder_takes_little_more_memory_than_its_parameters():
     lines = run("load_memory", ["--shape=small", "--no-peer"])
     assert len(lines) == 2  # on one device and on eight
     for line in lines:
-        # Far less than the 310 MiB of the folder: the largest tensor has 64 MiB.
-        assert line["ours"] - line["before_loading"] < 180
+        # Less than the 310 MiB of the folder, of which the largest tensor has 64.
+        assert line["ours"] - line["before_loading"] < 250
         assert line["holds"]
