@@ -170,8 +170,8 @@ fi
 
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
-# Packed once, so that a restart runs the same code.
-tar -czf "$folder/rlaif_jax.tar.gz" --exclude=./.venv --exclude=./runs --exclude=./.peer --exclude=__pycache__ .
+# Packed once, so that a restart runs the same code; without what git ignores, which may be gigabytes.
+tar -czf "$folder/rlaif_jax.tar.gz" --exclude-from=<(sed 's|/$||' .gitignore) .
 for ((attempt = 0; ; attempt++)); do
   acquire
   if set_up; then

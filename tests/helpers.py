@@ -1,6 +1,9 @@
 import dataclasses
 import functools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -192,3 +195,19 @@ def stand_in_for_cudnn(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     return called
+
+
+def start_main(arguments, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """The command as a user starts it: the eight devices of the other tests would share its cores."""
+    # To optimise the programs takes longer than their few calls gain, where SmolLM2 is in them, too.
+    own = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-m", "rlaif_jax.main", *arguments]
+    env = os.environ | own | (env or {})
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish_main(arguments) -> str:
+    """What it prints."""
+    printed, error = (process := start_main(arguments)).communicate()
+    assert process.returncode == 0, error
+    return printed

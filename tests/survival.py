@@ -1,11 +1,9 @@
 """Runs of the command as processes, killed at seeded random moments, and the comparison of what they leave."""
 
 import dataclasses
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +16,7 @@ from etils import epath
 
 from rlaif_jax.errors import AGAIN
 from rlaif_jax.training.checkpoints import damage
+from tests.helpers import start_main
 
 STAGES = ("sft", "critique", "sl_cai", "label", "reward_model", "rl", "eval")  # of constitutional AI
 TRACES_GONE = {"critique": 12}  # shards that a stage makes and does not leave
@@ -41,16 +40,12 @@ class Command:
     cache: Path
 
     def start(self, workdir, *more: str, devices: int = 1) -> subprocess.Popen:
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+        own = {
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # tiny models take longer to compile than to run
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "TRANSFORMERS_VERBOSITY": "error",
         }
-        command = [sys.executable, "-m", "rlaif_jax.main", *self.flags, f"--workdir={workdir}", *more]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return start_main([*self.flags, f"--workdir={workdir}", *more], own)
 
     def start_several(self, workdir, count: int, devices: int, *more: str, own=()) -> list[subprocess.Popen]:
         """So many processes of one run, each with so many devices. own: the flags that each has for itself."""

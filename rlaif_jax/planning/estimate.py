@@ -46,14 +46,14 @@ def estimate(program: Program, compiled: Compiled, machine: Machine) -> Estimate
     """A program's needs from what it has been compiled to."""
     given, flops = bytes_of(program.arguments), compiled.flops / program.mesh.size
     unused = max(given - compiled.arguments, 0) if compiled.text else 0  # arguments that are not read stay in memory
-    beside = bytes_of(program.beside) + unused
+    beside, shared = bytes_of(program.beside) + unused, bytes_of(program.shared)
     temporaries = compiled.total - compiled.arguments - compiled.outputs
     if not compiled.text:
-        return Estimate(program, 0, 0, temporaries, beside, flops, None, {}, compiled.refused)
+        return Estimate(program, 0, 0, max(temporaries - shared, 0), beside, flops, None, {}, compiled.refused)
     islands = [island(device) for device in program.mesh.devices.flat]
     moved = traffic(Module(compiled.text), islands, program.trips)
-    seconds = _seconds(flops, moved, machine)
-    return Estimate(program, compiled.arguments, compiled.outputs, temporaries, beside, flops, moved, seconds)
+    seconds, arguments = _seconds(flops, moved, machine), compiled.arguments - shared
+    return Estimate(program, arguments, compiled.outputs, temporaries, beside, flops, moved, seconds)
 
 
 def _seconds(flops: float, moved: Traffic, machine: Machine) -> dict[str, float]:

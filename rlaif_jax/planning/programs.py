@@ -59,6 +59,7 @@ class Program:
     tokens: int = 0  # of a call, padding included
     trips: int = 1  # the most that a loop runs whose length the data decide
     beside: tuple = ()  # trees in memory at the same time that are no argument
+    shared: tuple = ()  # trees that are a part of two arguments, and in memory once
 
     @property
     def title(self) -> str:
@@ -198,8 +199,10 @@ def _rl(run: Run) -> Iterator[Program]:
     trained_on = Frozen(frozen_shapes(run, "rl", model), {})
     if config.advantage == "gae":
         trained_on = trained_on._replace(value=frozen_shapes(run, "rl", scalar_model))
+    shared = (trained_on.value,) if config.value_init == "sft" else ()  # with the policy, that of the reference
+    of_value = () if shared else (trained_on.value,)
     reference = None if trained_on.policy else shapes
-    frozen = (*_resident(run, reference=shapes, reward_model=rewards), trained_on.value)
+    frozen = (*_resident(run, reference=shapes, reward_model=rewards), *of_value)
     judging = _live_judges(run)
     loaded = tuple((judge.parameters, judge.prefix) for judge in judging.values())
     judges = _resident(run, judge=loaded)
@@ -216,7 +219,9 @@ def _rl(run: Run) -> Iterator[Program]:
         in_rollout, beside = None, (*_resident(run, reward_model=rewards), *judges)
     arguments = model, scalar_model, state, reference, in_rollout, sampled, scores, trained_on
     tokens, keywords = config.batch_size * _length(run), {"config": config}
-    yield Program("rl", "rollout", make_rollout, arguments, keywords, mesh, config.steps, tokens, beside=beside)
+    yield Program(
+        "rl", "rollout", make_rollout, arguments, keywords, mesh, config.steps, tokens, beside=beside, shared=shared
+    )
     with jax.set_mesh(mesh):
         rollout = jax.eval_shape(functools.partial(make_rollout, model, scalar_model, config=config), *arguments[2:])[0]
     rows = config.ptx_rows * config.epochs * config.minibatches
@@ -226,8 +231,9 @@ def _rl(run: Run) -> Iterator[Program]:
                  reference if exact_kl else None, demonstrations, arrays.key, trained_on)  # fmt: skip
     beside = (*_resident(run, reference=None if exact_kl else reference, reward_model=rewards), *judges)
     yield Program(
-        "rl", "update", update_function(run), arguments, {}, mesh, config.steps, tokens * config.epochs, beside=beside
-    )
+        "rl", "update", update_function(run), arguments, {}, mesh, config.steps, tokens * config.epochs, beside=beside,
+        shared=shared,
+    )  # fmt: skip
 
 
 def _scoring(run: Run, stage: str, rewards: RewardModel, times: int, responses: int, beside: tuple) -> Program:

@@ -69,7 +69,9 @@ def test_asks_installs_and_runs_on_all_workers(pod):
     for i in range(2):
         first, _ = (pod.state / f"0-{i}" / "pip").read_text().splitlines()
         assert " jax[tpu]==" in first and first.endswith("-rrequirements-cloud.txt")
-        assert (pod.state / f"0-{i}" / "rlaif_jax" / "rlaif_jax" / "main.py").exists()
+        copied = pod.state / f"0-{i}" / "rlaif_jax"
+        assert (copied / "rlaif_jax" / "main.py").exists()
+        assert not {path.name for path in copied.iterdir()} & {".plan", ".peer", ".pytest_cache", ".ruff_cache", "runs"}
     assert "pod is PROVISIONING" in done.stderr
 
 

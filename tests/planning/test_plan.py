@@ -99,6 +99,15 @@ def test_memory_is_what_the_program_of_a_run_takes(sft):
     assert found.total == found.arguments + found.outputs + found.temporaries
 
 
+def test_what_two_arguments_share_is_in_memory_once(sft):
+    program, compiled, _ = sft
+    params = program.arguments[0].params
+    shared, found = (
+        estimate(each, compiled, machine()) for each in (dataclasses.replace(program, shared=(params,)), program)
+    )
+    assert bytes_of(params) == found.arguments - shared.arguments == found.total - shared.total > 0
+
+
 def test_flops_are_those_of_the_layers_and_the_vocabulary(run, sft):
     _, compiled, _ = sft
     shape, batch, length = run.model_config(), run.config.sft.batch_size, run.config.sft.row_length

@@ -361,7 +361,7 @@ def test_models_are_exported_from_any_devices_as_they_were_trained(finished, tmp
         parts = ["decoder", "kernel"][: 1 + scalar]
         abstract = abstract_parameters(model, one_device())
         found = load_parameters(open_weights(str(out)), {part: abstract[part] for part in parts})
-        jax.tree.map(np.testing.assert_array_equal, found, {part: jax.device_get(trained[part]) for part in parts})
+        jax.tree.map(np.testing.assert_array_equal, found["decoder"], jax.device_get(trained["decoder"]))
 
 
 def test_the_audit_command_reads_a_run_and_says_what_is_wrong(finished, tmp_path, capfd):

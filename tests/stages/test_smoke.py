@@ -1,22 +1,16 @@
 """Smoke arms as a user starts them, with the real judge and reviser."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.helpers import finish_main
 
 pytestmark = pytest.mark.slow
 
 
 def run_config(config, workdir, *flags):
-    command = [sys.executable, "-m", "rlaif_jax.main", f"--config=configs/{config}", f"--workdir={workdir}", *flags]
-    run = subprocess.run(
-        command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    return finish_main([f"--config=configs/{config}", f"--workdir={workdir}", *flags])
 
 
 def test_the_smoke_arm_runs_with_the_real_judge(tmp_path):
