@@ -40,14 +40,14 @@ def test_real_text_goes_through_every_stage(real_data, tmp_path):
 
 
 def test_a_teacher_replies_to_dialogues_and_people_label(real_data, tmp_path):
-    arm, fewer = "configs/hh_harmless.py:smoke,rlhf,teacher_sft", {"sft__teacher__demonstrations": 16}
+    arm, fewer = "configs/hh_harmless.py:smoke,rlhf,teacher_sft", {"sft__teacher__demonstrations": 24}
     finish_main([*flags(arm, tmp_path, real_data, **fewer), "--stages=sft,label"])
     labels = read_parquet(tmp_path / "label" / "preferences.parquet").to_pylist()
     assert len(labels) == 12
     assert all(row["prompt"].startswith("\n\nHuman: ") and row["judge"] == "human" for row in labels)
     prompts = read_parquet(tmp_path / "sft" / "data" / "train_prompts.parquet")["prompt"].to_pylist()
     taught = read_parquet(tmp_path / "sft" / "data" / "teacher.parquet").to_pylist()
-    assert 8 <= len(taught) <= 16
+    assert 8 <= len(taught) <= 24
     assert all(row["reply"].strip() and row["prompt"] in prompts for row in taught)
     assert not (tmp_path / "sft" / "teacher").exists()
 
