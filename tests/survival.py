@@ -40,11 +40,7 @@ class Command:
     cache: Path
 
     def start(self, workdir, *more: str, devices: int = 1) -> subprocess.Popen:
-        own = {
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        own = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
         return start_main([*self.flags, f"--workdir={workdir}", *more], own)
 
     def start_several(self, workdir, count: int, devices: int, *more: str, own=()) -> list[subprocess.Popen]:
