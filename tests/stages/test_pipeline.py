@@ -358,9 +358,9 @@ def test_models_are_exported_from_any_devices_as_they_were_trained(finished, tmp
         model = run.scalar_model() if scalar else run.language_model()
         trained = run.trained_params(stage, model, members=int(scalar))
         trained = jax.tree.map(lambda x: x[0], trained) if scalar else trained
-        parts = ["decoder", "kernel"][: 1 + scalar]
         abstract = abstract_parameters(model, one_device())
-        found = load_parameters(open_weights(str(out)), {part: abstract[part] for part in parts})
+        abstract.pop("bias", None)  # which transformers has no place for
+        found = load_parameters(open_weights(str(out)), abstract)
         jax.tree.map(np.testing.assert_array_equal, found["decoder"], jax.device_get(trained["decoder"]))
 
 
